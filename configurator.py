@@ -1,0 +1,148 @@
+"""Settings: the plain variables at the top of a script, a Python config file and --key=value flags on top.
+
+    python train.py config/quickstart.py --batch_size=32
+
+The config file runs first, in a namespace of its own; flags win over it. It is a Python program and runs with
+your rights, so run only those that you have read. A setting has the type of its default, or that of its
+annotation where it has one (`min_lr: float | None = None`).
+"""
+
+import ast
+import difflib
+import io
+import math
+import sys
+import tokenize
+import types
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+# nanoGPT's config files run here: keys that we have no use for, and one that we spell otherwise
+UNUSED = {"wandb_log", "wandb_project", "wandb_run_name"}
+RENAMED = {"decay_lr": ("lr_schedule", {True: "cosine", False: "constant"})}
+
+WORDS = {"None": None, "True": True, "true": True, "False": False, "false": False}
+
+
+def configure(settings: dict[str, Any], argv: list[str] | None = None) -> dict[str, Any]:
+    """Override a script's settings in place with a config file and flags.
+
+    settings: the script's globals(), whose lower-case variables so far are its settings
+    argv: the command line without the script's name; sys.argv[1:] where None
+    Returns what was overridden. Raises SystemExit with one line that names the mistake (or 0 after --help).
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    known = read_settings(settings)
+    if "--help" in argv or "-h" in argv:
+        print(settings["__doc__"] or "", "Settings, each with its default:", sep="\n")
+        for key, (_, comment) in known.items():
+            print(f"  {f'--{key}={settings[key]!r}':38} {comment}".rstrip())
+        raise SystemExit(0)
+    kinds = {key: kind for key, (kind, _) in known.items()}
+    given: dict[str, Any] = {}
+    try:
+        for path in [arg for arg in argv if not arg.startswith("-")]:
+            given |= run_config_file(path, kinds)
+        for flag in [arg for arg in argv if arg.startswith("-")]:
+            key, equals, text = flag.removeprefix("--").partition("=")
+            if not (flag.startswith("--") and equals):
+                raise ValueError(f"flags are written --key=value, not {flag!r}")
+            given |= override(key, text, kinds, is_text=True)
+    except ValueError as error:
+        message = " ".join(str(error).split())
+        raise SystemExit(f"{Path(settings['__file__']).name}: {message}") from None
+    settings.update(given)
+    return given
+
+
+def read_settings(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """{name: (type, comment)} of the lower-case variables in a script's source, in its order."""
+    source = Path(settings["__file__"]).read_text(encoding="utf-8")
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    known = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign):
+            name, kind = ast.unparse(node.target), eval(ast.unparse(node.annotation), dict(settings))
+        elif isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+            kind = type(settings.get(name))
+        else:
+            continue
+        if name in settings and name.islower() and not name.startswith("_"):
+            known[name] = (kind, comments.get(node.lineno, ""))
+    return known
+
+
+def run_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
+    """Run a config file and return the settings that it makes. Raises ValueError naming file and line."""
+    namespace = {"__file__": path}
+    try:
+        exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
+    except FileNotFoundError:
+        raise ValueError(f"no such config file: {path} (flags are written --key=value)") from None
+    except Exception as error:
+        line = getattr(
+            error, "lineno", None
+        )  # a SyntaxError has it; of others, the innermost line in the file
+        trace = error.__traceback__
+        while trace:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
+            trace = trace.tb_next
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    given: dict[str, Any] = {}
+    for key, value in namespace.items():
+        if not key.startswith("_") and not isinstance(value, types.ModuleType):
+            try:
+                given |= override(key, value, kinds)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    unused = sorted(UNUSED & namespace.keys())
+    if unused:
+        print(f"{path}: {', '.join(unused)} passed over, there is no such logging here", file=sys.stderr)
+    return given
+
+
+def override(key: str, value: Any, kinds: dict[str, Any], is_text: bool = False) -> dict[str, Any]:
+    """{key: value}, checked and of the wanted type; {} for a key that is passed over.
+
+    is_text: a flag's text, read as the wanted type. Raises ValueError naming key, wanted type and value.
+    """
+    if key in UNUSED:
+        return {}
+    renamed, values = RENAMED.get(key, (key, None))
+    if renamed not in kinds:
+        near = difflib.get_close_matches(key, kinds, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
+        raise ValueError(f"unknown setting {key!r}; {hint}")
+    kind = bool if values else kinds[key]
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    wanted = {type(choice) for choice in choices} if choices else set(get_args(kind) or (kind,))
+    if is_text:
+        value = read_text(value, wanted)
+    if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:
+        value = float(value)
+    if (
+        type(value) not in wanted
+        or (choices and value not in choices)
+        or (type(value) is float and not math.isfinite(value))
+    ):
+        names = choices or sorted("None" if kind is type(None) else kind.__name__ for kind in wanted)
+        raise ValueError(f"{key} wants {' or '.join(map(str, names))}, not {value!r}")
+    return {renamed: values[value] if values else value}
+
+
+def read_text(text: str, wanted: set[type]) -> Any:
+    """A flag's text as a value of one of the wanted types; the text itself where it is none of them."""
+    if text in WORDS and type(WORDS[text]) in wanted:
+        return WORDS[text]
+    for number in (int, float):
+        if number in wanted:
+            try:
+                return number(text)
+            except ValueError:
+                pass
+    return text

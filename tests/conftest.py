@@ -1,0 +1,86 @@
+"""What the tests share: the scripts run as a user runs them, in a folder of their own, on real text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+MIRROR = os.environ.get("PLAINGPT_MIRROR", "")
+if MIRROR and "://" not in MIRROR:
+    MIRROR = os.environ["PLAINGPT_MIRROR"] = str(Path(MIRROR).resolve())  # the scripts run in other folders
+needs_mirror = pytest.mark.skipif(
+    not MIRROR, reason="PLAINGPT_MIRROR is not set: nothing is downloaded in tests"
+)
+
+# a model that trains in seconds; the flags of every run that does not say otherwise
+TINY = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --learning_rate=3e-3 --warmup_iters=5"
+)
+TINY += (
+    " --eval_interval=20 --eval_iters=2 --log_interval=1 --device=cpu --sample_prompt= --lr_decay_iters=60"
+)
+
+
+def run(script, *args, cwd, check=True, env=None, timeout=300, python=()):
+    """Run a script of ours, or a program; check: it must succeed."""
+    command = [sys.executable, *python, REPO / script if script.endswith(".py") else script, *map(str, args)]
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def refused(script, *args, cwd, env=None):
+    """Run a script that must fail; returns its one line on standard error."""
+    done = run(script, *args, cwd=cwd, check=False, env=env)
+    assert done.returncode not in (0, -9), done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: "), done.stderr
+    return lines[0]
+
+
+def metrics(folder, key):
+    """{step: value} of the lines of a run's metrics.jsonl that have the key."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return json.loads((REPO / "tests" / "reference.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def verdict():
+    if not MIRROR:
+        pytest.skip("PLAINGPT_MIRROR is not set")
+    path = "raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
+    return Path(MIRROR, path).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A folder with data/pydocs; runs of different tests take different out_dirs in it."""
+    path = tmp_path_factory.mktemp("work")
+    run("prepare.py", cwd=path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(workdir):
+    """out/trained: 60 steps of the tiny model on pydocs, with dropout."""
+    run("train.py", *TINY.split(), "--max_iters=60", "--dropout=0.1", "--out_dir=out/trained", cwd=workdir)
+    return workdir / "out" / "trained"

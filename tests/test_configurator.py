@@ -1,0 +1,152 @@
+"""Settings: files, flags, types, and one clear line for each mistake."""
+
+import pytest
+from conftest import REPO, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configurator import configure
+
+SCRIPT = '''"""A script."""
+from typing import Literal
+learning_rate = 1e-3  # the peak
+max_iters = 10  # steps
+out_dir = "out"  # a folder, not a # comment
+bias = True  # biases
+lr_schedule: Literal["cosine", "constant"] = "cosine"
+compile: Literal["auto", True, False] = "auto"
+min_lr: float | None = None  # None: a tenth
+stride: int | None = None
+'''
+
+
+def configured(tmp_path, *args, config=None):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    if config is not None:
+        (tmp_path / "config.py").write_text(config)
+        args = (str(tmp_path / "config.py"), *args)
+    namespace = {"__file__": str(tmp_path / "script.py")}
+    exec(SCRIPT, namespace)
+    return configure(namespace, list(args)), namespace
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--learning_rate=1e-4", 1e-4),
+        ("--learning_rate=3", 3.0),
+        ("--max_iters=1_000", 1000),
+        ("--out_dir=7", "7"),
+        ("--out_dir=a=b", "a=b"),
+        ("--bias=false", False),
+        ("--bias=True", True),
+        ("--compile=True", True),
+        ("--compile=auto", "auto"),
+        ("--lr_schedule=constant", "constant"),
+        ("--min_lr=None", None),
+        ("--min_lr=1", 1.0),
+        ("--stride=4", 4),
+    ],
+)
+def test_flag(tmp_path, flag, value):
+    given, namespace = configured(tmp_path, flag)
+    name = flag[2:].split("=")[0]
+    assert given == {name: value} and type(given[name]) is type(value) and namespace[name] == value
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--learning_rat=1", ["learning_rat", "did you mean learning_rate"]),
+        ("--xyzzy=1", ["xyzzy", "--help"]),
+        ("--max_iters=1.5", ["max_iters", "int", "'1.5'"]),
+        ("--max_iters=None", ["max_iters", "int", "'None'"]),
+        ("--learning_rate=fast", ["learning_rate", "float", "'fast'"]),
+        ("--learning_rate=nan", ["learning_rate", "float", "nan"]),
+        ("--bias=1", ["bias", "bool", "'1'"]),
+        ("--lr_schedule=cosin", ["lr_schedule", "cosine or constant"]),
+        ("--compile=1", ["compile", "auto or True or False"]),
+        ("--bias", ["--key=value"]),
+        ("-bias=True", ["--key=value"]),
+        ("nowhere.py", ["nowhere.py", "no such config file"]),
+    ],
+)
+def test_mistaken_flag(tmp_path, flag, words):
+    with pytest.raises(SystemExit) as error:
+        configured(tmp_path, flag)
+    line = str(error.value)
+    assert line.startswith("script.py: ") and "\n" not in line
+    assert all(word in line for word in words), line
+
+
+def test_file_then_flags(tmp_path):
+    config = (
+        "import time\n_half = 4\nmax_iters = 2 * _half  # more\nlearning_rate = 1 / max_iters\nmin_lr = 0"
+    )
+    given, _ = configured(tmp_path, "--max_iters=9", config=config)
+    assert given == {"max_iters": 9, "learning_rate": 0.125, "min_lr": 0.0}
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("max_iter = 3", ["max_iter", "did you mean max_iters"]),
+        ("max_iters = '3'", ["max_iters", "int", "'3'"]),
+        ("max_iters = True", ["max_iters", "int", "True"]),
+        ("bias = 1", ["bias", "bool"]),
+        ("def schedule(step): pass", ["schedule"]),
+        ("out_dir = 'x'\nmax_iters = missing", ["config.py", "line 2", "NameError"]),
+        ("max_iters = (", ["config.py", "line 1", "SyntaxError"]),
+    ],
+)
+def test_mistaken_file(tmp_path, config, words):
+    with pytest.raises(SystemExit) as error:
+        configured(tmp_path, config=config)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_nanogpt_file(tmp_path, capsys):
+    """Keys that have no use here are passed over in one line; its decay_lr is our lr_schedule."""
+    config = "wandb_log = False\nwandb_project = 'owt'\nmax_iters = 600000\ndecay_lr = False\n"
+    given, _ = configured(tmp_path, config=config)
+    assert given == {"max_iters": 600000, "lr_schedule": "constant"}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "wandb_log, wandb_project" in said
+
+
+@settings(max_examples=300)
+@given(flag=st.text(), key=st.sampled_from(["max_iters", "learning_rate", "bias", "compile", "min_lr"]))
+def test_any_input_ends_in_a_value_or_a_line(tmp_path_factory, flag, key):
+    path = tmp_path_factory.getbasetemp()
+    for argument in (flag, f"--{key}={flag}"):
+        try:
+            configured(path, argument)
+        except SystemExit:
+            pass
+
+
+@settings(max_examples=200)
+@given(config=st.text() | st.builds("{} = {}".format, st.sampled_from(["bias", "min_lr", "x"]), st.text()))
+def test_any_config_file_ends_in_a_value_or_a_line(tmp_path_factory, config):
+    path = tmp_path_factory.getbasetemp()
+    (path / "any.py").write_bytes(config.encode("utf-8", "surrogatepass"))
+    try:
+        configured(path, str(path / "any.py"))
+    except SystemExit:
+        pass
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_lists_settings_without_torch(tmp_path, script):
+    """Not a timing: what would make it slow is not imported."""
+    done = run(script, "--help", cwd=tmp_path, python=["-X", "importtime"])
+    assert "--out_dir='out'" in done.stdout and "--seed=1337" in done.stdout
+    assert "torch" not in done.stderr and "numpy" not in done.stderr
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (REPO / "config").glob("*.py")))
+def test_config_files_hold_known_settings(config):
+    namespace = {"__file__": str(REPO / "train.py"), "__name__": "train"}
+    source = (REPO / "train.py").read_text().split("if __name__")[0]
+    exec(compile(source, "train.py", "exec"), namespace)
+    assert configure(namespace, [str(REPO / "config" / config)])
