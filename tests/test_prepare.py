@@ -1,0 +1,284 @@
+"""From outside to token IDs: corpora, tokenizers, splits, downloads."""
+
+import errno
+import hashlib
+import http.server
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import needs_mirror, refused, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+
+
+def load(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    return meta, *(np.memmap(folder / f"{split}.bin", dtype=np.uint16) for split in ("train", "val"))
+
+
+# -- corpora -------------------------------------------------------------------------------------------------
+
+
+def test_pydocs_needs_no_network_and_round_trips(workdir):
+    meta, train, val = load(workdir / "data" / "pydocs")
+    assert sorted(p.name for p in (workdir / "data" / "pydocs").iterdir()) == [
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    ]
+    tokenizer = prepare.load_tokenizer(meta)
+    text = tokenizer.decode(train) + tokenizer.decode(val)
+    assert text == prepare.pydocs()[0][0] and text.startswith('The "assert" statement')
+    assert len(text) > 400_000 and len(train) == int(len(text) * 0.9)
+    assert (meta["train_tokens"], meta["val_tokens"], meta["dtype"]) == (len(train), len(val), "uint16")
+    assert meta["vocab_size"] == len(set(text)) == tokenizer.vocab_size
+    assert meta["sources"][0]["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+@needs_mirror
+@pytest.mark.parametrize(
+    "name, vocab_size, train_tokens, val_tokens, sha256",
+    [
+        ("shakespeare_char", 65, 1_003_854, 111_540, prepare.TINY_SHAKESPEARE[1]),
+        ("shakespeare", 50257, 301_966, 36_059, prepare.TINY_SHAKESPEARE[1]),
+        ("verdict", 50257, 4_612, 534, prepare.THE_VERDICT[1]),
+    ],
+)
+def test_published_corpora(tmp_path, name, vocab_size, train_tokens, val_tokens, sha256):
+    run("prepare.py", name, cwd=tmp_path)
+    meta, train, val = load(tmp_path / "data" / name)
+    assert (meta["vocab_size"], len(train), len(val)) == (vocab_size, train_tokens, val_tokens)
+    assert meta["sources"][0]["sha256"] == sha256
+    assert {p.name for p in (tmp_path / "data").iterdir()} == {name, ".cache"}
+
+
+# -- tokenizers ----------------------------------------------------------------------------------------------
+
+
+def test_word_tokenizer_as_published(verdict, reference):
+    published = reference["word_tokenizer"]
+    tokenizer = prepare.WordTokenizer.from_texts([verdict])
+    assert len(tokenizer.words(verdict)) == published["n_tokens"]
+    assert tokenizer.vocab_size == published["vocab_size"] == published["n_distinct"] + 2
+    tokenizer = prepare.load_tokenizer(json.loads(json.dumps({"tokenizer": tokenizer.meta})))
+    for text, ids in published["encode"]:
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == published["decode_of_that"]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("gpt2"))
+        return prepare.load_tokenizer({"tokenizer": {"type": "gpt2"}})
+
+
+@needs_mirror
+def test_gpt2_tokenizer_as_published(gpt2, verdict, reference):
+    published = reference["gpt2_tokenizer"]
+    assert len(verdict) == published["the_verdict"]["characters"]
+    assert len(gpt2.encode(verdict)) == published["the_verdict"]["tokens"]
+    for text, ids in published["encode"]:
+        assert gpt2.encode(text) == ids and gpt2.decode(ids) == text
+    assert gpt2.vocab_size == 50257 and gpt2.encode("<|endoftext|>") == [gpt2.end_of_text] == [50256]
+
+
+@needs_mirror
+@settings(max_examples=100, deadline=None)
+@given(text=st.text())
+def test_gpt2_round_trips_any_text(gpt2, text):
+    assert gpt2.decode(gpt2.encode(text)) == text
+
+
+@given(text=st.text(min_size=1))
+def test_char_round_trips_its_own_alphabet(text):
+    tokenizer = prepare.CharTokenizer.from_texts([text])
+    assert tokenizer.meta["chars"] == sorted(set(text))
+    again = prepare.load_tokenizer(json.loads(json.dumps({"tokenizer": tokenizer.meta})))
+    assert again.decode(again.encode(text)) == text
+
+
+def test_unknown_character_names_itself():
+    tokenizer = prepare.CharTokenizer.from_texts(["abc"])
+    with pytest.raises(prepare.DataError, match=r"'€' \(U\+20AC\)"):
+        tokenizer.encode("ab€")
+
+
+# -- your own text -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "word", pytest.param("gpt2", marks=needs_mirror)])
+def test_many_documents_go_whole_to_one_side(tmp_path, tokenizer):
+    (tmp_path / "books" / "deep").mkdir(parents=True)
+    for i in range(12):
+        folder = tmp_path / "books" / ("deep" if i % 2 else "")
+        (folder / f"{i:02}.txt").write_text(f"book {chr(97 + i)} is short", encoding="utf-8")
+    (tmp_path / "books" / "cover.png").write_bytes(b"\x89PNG\xff")
+    run("prepare.py", "books", f"--tokenizer={tokenizer}", "--val_fraction=0.25", cwd=tmp_path)
+    meta, train, val = load(tmp_path / "data" / "books")
+    tok = prepare.load_tokenizer(meta)
+    documents = {}
+    for split, ids in (("train", train), ("val", val)):
+        assert ids[-1] == tok.end_of_text
+        documents[split] = (
+            tok.decode(ids).replace(" <|endoftext|>", "<|endoftext|>").split("<|endoftext|>")[:-1]
+        )
+    assert (len(documents["train"]), len(documents["val"])) == (9, 3)
+    everything = {f"book {chr(97 + i)} is short" for i in range(12)}
+    assert {text.strip() for split in documents.values() for text in split} == everything
+    assert len(meta["sources"]) == 12
+
+
+@given(n=st.integers(2, 400), fraction=st.floats(0.01, 0.5))
+def test_split_shares_documents_as_asked(n, fraction):
+    train, val = prepare.split([str(i) for i in range(n)], fraction)
+    assert sorted(map(int, train + val)) == list(range(n))
+    assert len(val) == math.ceil(n * fraction) and train
+
+
+def test_prepared_again_is_replaced_whole(tmp_path):
+    (tmp_path / "my text.txt").write_text("one " * 100)
+    run("prepare.py", "my text.txt", cwd=tmp_path)
+    (tmp_path / "my text.txt").write_text("two " * 200)
+    assert "replaced" in run("prepare.py", "my text.txt", cwd=tmp_path).stderr
+    meta, train, val = load(tmp_path / "data" / "my_text")
+    assert prepare.load_tokenizer(meta).decode(train).startswith("two two") and len(train) == 720
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["my_text"]
+
+
+def test_mistakes_end_in_one_line(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "tiny.txt").write_text("x")
+    (tmp_path / "wide.txt").write_text(
+        "".join(map(chr, range(0xE000, 0xF8FF))) + "".join(map(chr, range(0x10000, 0x20000)))
+    )
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    (tmp_path / "data" / "mine" / "input.txt").write_text("precious " * 10)
+    for words, *args in (
+        (["latin.txt", "byte 3", "0xe9"], "latin.txt"),
+        (["no text"], "empty.txt"),
+        (["train.bin", "more text"], "tiny.txt"),
+        (["65536", "--tokenizer=gpt2"], "wide.txt"),
+        (["nowhere", "shakespeare_char"], "nowhere"),
+        (["no text file"], "bare"),
+        (["--val_fraction", "1.5"], "--val_fraction=1.5"),
+        (["--name", "../up"], "--name=../up"),
+        (["data/mine", "--name"], "data/mine/input.txt", "--name=mine"),
+    ):
+        line = refused("prepare.py", *args, cwd=tmp_path)
+        assert all(word in line for word in words), line
+    assert (tmp_path / "data" / "mine" / "input.txt").exists()
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["mine"]
+
+
+def test_full_disk_leaves_no_dataset(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    monkeypatch.chdir(tmp_path)
+    real = json.dumps
+
+    def full(*args, **kwargs):
+        if "indent" in kwargs:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(OSError):
+        prepare.write_dataset("a", ["text " * 100], [], "char")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+# -- downloads -----------------------------------------------------------------------------------------------
+
+CONTENT = bytes(range(256)) * 4000
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves CONTENT with ranges, and breaks off half-way while there are breaks left."""
+
+    breaks, requests = 0, []
+
+    def do_GET(self):
+        type(self).requests.append((self.path, self.headers.get("Range")))
+        if "missing" in self.path:
+            return self.send_error(404)
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if start >= len(CONTENT):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+            return self.end_headers()
+        body = CONTENT[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if type(self).breaks:
+            type(self).breaks -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.breaks, Server.requests = 0, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.fixture
+def no_mirror(monkeypatch):
+    monkeypatch.delenv("PLAINGPT_MIRROR", raising=False)
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+
+
+def test_download_resumes_a_broken_transfer(tmp_path, server, no_mirror):
+    Server.breaks = 1
+    prepare.download(f"{server}/file", tmp_path / "sub" / "file", hashlib.sha256(CONTENT).hexdigest())
+    assert (tmp_path / "sub" / "file").read_bytes() == CONTENT
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["file"]
+    (_, first), (_, second) = Server.requests
+    assert first is None and 0 < int(second[6:-1]) <= len(CONTENT) // 2
+    prepare.download(f"{server}/file", tmp_path / "sub" / "file")
+    assert len(Server.requests) == 2  # it lies there
+
+
+@pytest.mark.parametrize("part", [CONTENT[:1000], CONTENT, CONTENT + b"more", b"of another file"])
+def test_download_goes_on_from_what_another_run_left(tmp_path, server, no_mirror, part):
+    (tmp_path / "file.part").write_bytes(part)
+    prepare.download(f"{server}/file", tmp_path / "file", hashlib.sha256(CONTENT).hexdigest())
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "path, sha256, message",
+    [("missing", None, "404"), ("file", "0" * 64, "has changed or was damaged")],
+)
+def test_download_refuses(tmp_path, server, no_mirror, path, sha256, message):
+    with pytest.raises(prepare.DataError, match=message) as error:
+        prepare.download(f"{server}/{path}", tmp_path / "file", sha256)
+    assert f"{server}/{path}" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_network_names_the_ways_out(tmp_path, no_mirror):
+    with pytest.raises(prepare.DataError) as error:
+        prepare.download("http://127.0.0.1:9/some/file", tmp_path / "file")
+    assert all(word in str(error.value) for word in ("127.0.0.1:9/some/file", "PLAINGPT_MIRROR", "pydocs"))
+
+
+def test_http_mirror_comes_first(tmp_path, server, no_mirror, monkeypatch):
+    monkeypatch.setenv("PLAINGPT_MIRROR", server)
+    prepare.download("http://127.0.0.1:9/some/file", tmp_path / "file")
+    assert Server.requests == [("/127.0.0.1:9/some/file", None)]
+    assert Path(tmp_path / "file").read_bytes() == CONTENT
