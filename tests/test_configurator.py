@@ -139,7 +139,7 @@ def test_any_config_file_ends_in_a_value_or_a_line(tmp_path_factory, config):
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_help_lists_settings_without_torch(tmp_path, script):
     """Not a timing: what would make it slow is not imported."""
-    done = run(script, "--help", cwd=tmp_path, python=["-X", "importtime"])
+    done = run("-X", "importtime", script, "--help", cwd=tmp_path)
     assert "--out_dir='out'" in done.stdout and "--seed=1337" in done.stdout
     assert "torch" not in done.stderr and "numpy" not in done.stderr
 

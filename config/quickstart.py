@@ -1,0 +1,21 @@
+# A small character-level GPT on Python's own reference: about three minutes on two CPU cores.
+#   python prepare.py && python train.py config/quickstart.py && python sample.py --out_dir=out/quickstart
+
+out_dir = "out/quickstart"
+dataset = "pydocs"
+sample_prompt = "\n"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+batch_size = 16
+
+learning_rate = 2e-3
+beta2 = 0.99  # a step has few tokens
+warmup_iters = 100
+max_iters = 2000
+
+eval_interval = 200
+eval_iters = 20
+log_interval = 10

@@ -1,0 +1,136 @@
+"""Text out of a checkpoint: what goes to standard output, and what never does."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO, refused, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model import GPT, load_checkpoint
+from prepare import CharTokenizer, WordTokenizer, load_tokenizer
+from sample import text_stream
+
+ARGS = ["--out_dir=out/trained", "--max_new_tokens=60", "--device=cpu"]
+
+
+def sampled(workdir, *args):
+    return run("sample.py", *ARGS, *args, cwd=workdir).stdout
+
+
+def test_standard_output_is_the_generated_text_alone(trained, workdir):
+    checkpoint = load_checkpoint(trained / "best.pt")
+    model, tokenizer = GPT.from_state(checkpoint).eval(), load_tokenizer(checkpoint["meta"])
+    prompt = tokenizer.encode("The for statement")
+    expected = model.generate(torch.tensor([prompt]), 60, temperature=0)[0, len(prompt) :].tolist()
+    done = run("sample.py", *ARGS, "--start=The for statement", "--temperature=0", cwd=workdir)
+    assert done.stdout == tokenizer.decode(expected) + "\n"
+    assert done.stderr == "The for statement"  # read together on a terminal, prompt and text are one
+
+
+def test_seeds_files_and_several_samples(trained, workdir):
+    (workdir / "prompt.txt").write_text("The for statement")
+    one = sampled(workdir, "--start=The for statement")
+    assert (
+        one
+        == sampled(workdir, "--start=FILE:prompt.txt")
+        != sampled(workdir, "--start=FILE:prompt.txt", "--seed=2")
+    )
+    two = sampled(workdir, "--start=The for statement", "--num_samples=2")
+    assert two.startswith(one) and len(two) == 2 * 61 and two[61:] != one
+    assert sampled(workdir, "--init_from=out/trained/ckpt.pt") == sampled(workdir)  # best is the latest here
+
+
+def test_a_long_prompt_is_cropped_and_said(trained, workdir):
+    done = run(
+        "sample.py",
+        *ARGS,
+        "--temperature=0",
+        f"--start={'x' * 50}The for statement of Python is",
+        cwd=workdir,
+    )
+    assert "cropped to its last 32 of 80 tokens" in done.stderr
+    assert done.stdout == sampled(workdir, "--temperature=0", "--start=xxThe for statement of Python is")
+
+
+def test_stop_ends_the_text_before_it(trained, workdir):
+    text = sampled(workdir)
+    assert sampled(workdir, f"--stop={text[20:25]}") == text[: text.index(text[20:25])] + "\n"
+
+
+def test_text_comes_as_it_is_generated(trained, workdir):
+    """The first characters are there while the process still generates; closing the pipe ends it quietly."""
+    command = [sys.executable, REPO / "sample.py", "--out_dir=out/trained", "--max_new_tokens=1000000"]
+    with subprocess.Popen(command, cwd=workdir, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert len(process.stdout.read(100)) == 100 and process.poll() is None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_no_id_outside_the_tokenizer(trained, workdir):
+    """A padded output layer: its extra rows are made the likeliest, and never sampled."""
+    checkpoint = load_checkpoint(trained / "best.pt")
+    wte = checkpoint["model"]["transformer.wte.weight"]
+    wider = torch.cat((wte, 50 * wte[:25]))
+    checkpoint["model"]["transformer.wte.weight"] = checkpoint["model"]["lm_head.weight"] = wider
+    checkpoint["model_args"]["vocab_size"] += 25
+    torch.save(checkpoint, workdir / "padded.pt")
+    for temperature in ("0", "1.5"):
+        text = sampled(workdir, "--init_from=padded.pt", f"--temperature={temperature}")
+        assert len(text) == 61 and set(text) <= set(checkpoint["meta"]["tokenizer"]["chars"])
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--out_dir=out/none"], ["out/none/best.pt"]),
+        (["--init_from=prompt.txt"], ["prompt.txt", "damaged"]),
+        (["--start=10 €"], ["'€'", "--start"]),
+        (["--start=FILE:gone.txt"], ["gone.txt"]),
+        (["--temperature=-1"], ["temperature"]),
+        (["--top_k=0"], ["top_k"]),
+        (["--top_p=1.5"], ["top_p"]),
+        (["--temprature=1"], ["did you mean temperature"]),
+    ],
+)
+def test_mistakes_end_in_one_line(trained, workdir, args, words):
+    (workdir / "prompt.txt").write_text("The for statement")
+    line = refused("sample.py", "--out_dir=out/trained", *args, cwd=workdir)
+    assert all(word in line for word in words), line
+
+
+class ByteTokenizer:
+    """Each byte a token: a character of several is whole only with its last."""
+
+    end_of_text = None
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@given(text=st.text(), stop=st.none() | st.text(min_size=1, max_size=3))
+def test_streams_never_break_a_character(text, stop):
+    pieces = list(text_stream(ByteTokenizer(), text.encode("utf-8", "replace"), [], stop))
+    whole = text.encode("utf-8", "replace").decode()
+    assert "".join(pieces) == (whole.split(stop)[0] if stop else whole)
+    if "\N{REPLACEMENT CHARACTER}" not in whole:
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_streamed_words_are_joined_as_decoded():
+    tokenizer = WordTokenizer.from_texts(["It is so, is it? (Yes, it is.)"])
+    ids = tokenizer.encode("It is so, is it? (Yes, it is.)")
+    for n in (1, 3, 4):
+        assert (
+            "".join(text_stream(tokenizer, ids[n:], ids[:n], None))
+            == tokenizer.decode(ids)[len(tokenizer.decode(ids[:n])) :]
+        )
+
+
+def test_end_of_text_ends_the_stream():
+    tokenizer = CharTokenizer.from_texts(["ab", "c"])
+    ids = [0, 1, tokenizer.end_of_text, 2]
+    assert "".join(text_stream(tokenizer, ids, [2], None)) == "ab"

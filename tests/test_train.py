@@ -1,0 +1,345 @@
+"""The training loop: what is pure tested alone, the rest with real processes on real text."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY, metrics, needs_mirror, refused, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+
+TINY = TINY.split()
+
+
+# -- schedule, batches ---------------------------------------------------------------------------------------
+
+
+def test_learning_rate_at_its_corners():
+    def lr(step, schedule="cosine"):
+        return train.get_lr(step, 1.0, 0.1, 10, 110, schedule)
+
+    assert lr(0) == pytest.approx(1 / 11) and lr(9) == pytest.approx(10 / 11) and lr(10) == 1.0
+    assert lr(60) == pytest.approx(0.55) and lr(35) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert lr(110) == lr(10**6) == 0.1
+    assert lr(4, "constant") == lr(4) and lr(10, "constant") == lr(10**6, "constant") == 1.0
+    assert train.get_lr(0, 1.0, 0.1, 0, 0) == 0.1  # no step is left to decay over
+
+
+@settings(max_examples=200)
+@given(
+    block_size=st.integers(1, 9),
+    stride=st.integers(1, 12),
+    tokens=st.integers(20, 200),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_an_epoch_takes_each_window_once(block_size, stride, tokens, rows, seed):
+    windows = [s for s in range(0, tokens, stride) if s + block_size + 1 <= tokens]
+    assert train.count_windows(tokens, block_size, stride) == len(windows)
+    steps = len(windows) // rows
+    if steps == 0:
+        return
+    for epoch in range(3):
+        args = (rows, tokens, block_size, seed, stride)
+        seen = np.concatenate([train.batch_starts(epoch * steps + s, *args) for s in range(steps)])
+        assert len(seen) == steps * rows == len(set(seen)) and set(seen) <= set(windows)
+
+
+def test_random_batches_are_a_function_of_seed_and_step():
+    draw = [train.batch_starts(step, 5000, 100, 10, seed) for step, seed in ((3, 1), (3, 1), (4, 1), (3, 2))]
+    assert np.array_equal(draw[0], draw[1])
+    assert not np.array_equal(draw[0], draw[2]) and not np.array_equal(draw[0], draw[3])
+    assert (draw[0].min(), draw[0].max()) == (0, 89)  # the last target is the last token
+
+
+def test_evaluation_windows_are_even_and_cover_the_split():
+    whole = train.eval_starts(1001, 10, 0)
+    assert whole.tolist() == list(range(0, 1000, 10))
+    assert np.array_equal(train.eval_starts(1001, 10, 10**6), whole)
+    some = train.eval_starts(1001, 10, 12)
+    assert len(some) == 12 and set(some) <= set(whole) and (some[0], some[-1]) == (0, 990)
+    assert np.diff(some).max() - np.diff(some).min() <= 10
+
+
+def test_windows_as_published(reference):
+    published = reference["windows"]
+    firsts = published["block_size_4_stride_4_first_eight_inputs"]
+    data = np.array([i for row in firsts for i in row], dtype=np.uint16)
+    x, y = train.get_batch(data, np.array([0, 1]), 4, "cpu")
+    expected = published["block_size_4_stride_1_first_two"]
+    assert [[a.tolist(), b.tolist()] for a, b in zip(x, y, strict=True)] == expected
+    starts = np.sort(train.batch_starts(0, 7, len(data), 4, 0, stride=4))
+    assert train.get_batch(data, starts, 4, "cpu")[0].tolist() == firsts[:7]
+    counts = published["split_90_10_by_characters_block_256_stride_256_batch_2"]
+    for tokens, split in ((4612, "train_batches"), (534, "val_batches")):
+        assert train.count_windows(tokens, 256, 256) // 2 == counts[split]
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_leaves_what_it_should(trained):
+    assert {p.name for p in trained.iterdir()} == {"ckpt.pt", "best.pt", "metrics.jsonl", "loss.png"}
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+    val_loss = metrics(trained, "val_loss")
+    assert list(val_loss) == [0, 20, 40, 60] and list(metrics(trained, "loss")) == list(range(60))
+    assert val_loss[0] == pytest.approx(math.log(103), abs=0.1) and val_loss[60] < 3.6
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0].keys() == {"step", "train_loss", "val_loss", "tokens", "seconds"}
+    assert lines[1].keys() == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert lines[1]["tokens"] == 4 * 32 and lines[-1]["tokens"] == 60 * 4 * 32
+    ckpt, best = (torch.load(trained / name, weights_only=True) for name in ("ckpt.pt", "best.pt"))
+    assert ckpt["step"] == 60 and ckpt["best_val_loss"] == best["best_val_loss"] == min(val_loss.values())
+    assert ckpt["meta"]["tokenizer"]["type"] == "char" and ckpt["config"]["dropout"] == 0.1
+    assert ckpt.keys() - best.keys() == {"optimizer", "scaler"}
+
+
+def test_standard_output_and_samples(workdir):
+    args = [*TINY, "--max_iters=3", "--eval_interval=2", "--sample_prompt=The", "--out_dir=out/said"]
+    out = run("train.py", *args, cwd=workdir).stdout
+    assert re.findall(r"^step (\d+): train loss \d\.\d+, val loss \d\.\d+", out, re.M) == ["0", "2", "3"]
+    assert re.findall(r"^iter (\d+): loss \d\.\d+, ", out, re.M) == ["0", "1", "2"]
+    samples = re.split(r"^(?:step|iter) .*\n", out, flags=re.M)
+    assert len([text for text in samples if text.startswith("The") and len(text) == 3 + 100 + 1]) == 3
+
+
+def same_run(a, b):
+    """Whether two runs ended with the same bits and wrote the same numbers, but for times."""
+    for name in ("ckpt.pt", "best.pt"):
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        for key in one.keys() - {"seconds", "config", "model_args", "meta"}:
+            torch.testing.assert_close(one[key], other[key], atol=0, rtol=0)
+    return all(
+        metrics(a, key) == metrics(b, key) for key in ("loss", "val_loss", "train_loss", "grad_norm", "lr")
+    )
+
+
+RESUMED = [*TINY, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=60"]
+
+
+@pytest.mark.parametrize("order", ["random", "epoch"])
+def test_a_killed_run_resumes_to_the_same_bits(workdir, order):
+    """kill -9 at some step past a checkpoint, then resume without a word on the settings."""
+    args = [*RESUMED, f"--data_order={order}"]
+    run("train.py", *args, f"--out_dir=out/whole_{order}", cwd=workdir)
+    killed = workdir / "out" / f"killed_{order}"
+    with subprocess.Popen(
+        [sys.executable, REPO / "train.py", *args, f"--out_dir={killed}"], cwd=workdir, stdout=subprocess.PIPE
+    ) as process:
+        for line in process.stdout:
+            if line.startswith(b"iter 27:"):
+                process.kill()
+    shutil.copy(killed / "metrics.jsonl", killed / "before.jsonl")
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 28, "lo')  # a line that the kill cut
+    done = run("train.py", "--init_from=resume", f"--out_dir={killed}", cwd=workdir)
+    assert "iter 20:" in done.stdout and "iter 19:" not in done.stdout
+    assert same_run(workdir / "out" / f"whole_{order}", killed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(workdir, number):
+    folder = f"out/signal_{number}"
+    args = [*RESUMED, f"--out_dir={folder}"]
+    command = [sys.executable, REPO / "train.py", *args]
+    with subprocess.Popen(command, cwd=workdir, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("iter 7:"):
+                process.send_signal(number)
+    assert process.returncode == 0
+    step = torch.load(workdir / folder / "ckpt.pt", weights_only=True)["step"]
+    assert 8 <= step < 20 and f"stopped after {step} steps" in said.splitlines()[-1]
+    resume = said.splitlines()[-1].split("python train.py ")[1].split()
+    run("train.py", *resume, cwd=workdir)
+    run("train.py", *RESUMED, f"--out_dir={folder}_whole", cwd=workdir)
+    assert same_run(workdir / f"{folder}_whole", workdir / folder)
+
+
+def test_the_same_run_on_two_processes(workdir):
+    args = [*TINY, "--gradient_accumulation_steps=4", "--max_iters=50", "--eval_iters=3"]
+    run("train.py", *args, "--out_dir=out/one", cwd=workdir)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    done = run(*torchrun, *args, "--out_dir=out/two", cwd=workdir)
+    assert done.stdout.count("step 50:") == 1
+    for key in ("loss", "val_loss", "train_loss"):
+        one, two = (metrics(workdir / "out" / name, key) for name in ("one", "two"))
+        assert one.keys() == two.keys() and one == pytest.approx(two, rel=1e-4)
+    done = run(
+        *torchrun,
+        *args,
+        "--init_from=resume",
+        "--max_iters=52",
+        "--out_dir=out/one",
+        cwd=workdir,
+    )
+    assert list(metrics(workdir / "out" / "one", "loss"))[-1] == 51
+
+
+def test_from_a_checkpoints_weights(trained, workdir):
+    """A start from a path keeps the architecture, and may change dropout and shorten the context."""
+    args = [
+        "--init_from=out/trained/best.pt",
+        "--block_size=16",
+        "--dropout=0.3",
+        "--max_iters=2",
+        "--batch_size=2",
+    ]
+    args += [
+        "--device=cpu",
+        "--eval_iters=2",
+        "--sample_prompt=",
+        "--learning_rate=1e-4",
+        "--out_dir=out/tuned",
+    ]
+    run("train.py", *args, cwd=workdir)
+    tuned = torch.load(workdir / "out" / "tuned" / "ckpt.pt", weights_only=True)
+    assert tuned["model_args"]["n_embd"] == 32 and tuned["model_args"]["block_size"] == 16
+    assert tuned["model_args"]["dropout"] == 0.3 and tuned["step"] == 2
+    assert metrics(workdir / "out" / "tuned", "val_loss")[0] < 3.6
+
+
+def test_evaluation_alone_writes_nothing(trained, workdir):
+    before = {p.name: p.stat().st_mtime_ns for p in trained.iterdir()}
+    args = [
+        "--out_dir=out/trained",
+        "--eval_only=True",
+        "--eval_iters=2",
+        "--batch_size=4",
+        "--sample_prompt=",
+    ]
+    done = run("train.py", "--init_from=resume", *args, cwd=workdir)
+    assert f"val loss {metrics(trained, 'val_loss')[60]:.4f}" in done.stdout
+    assert {p.name: p.stat().st_mtime_ns for p in trained.iterdir()} == before
+
+
+def test_epochs_settle_the_steps(workdir):
+    (workdir / "small.txt").write_text("to be or not to be " * 40)
+    run("prepare.py", "small.txt", cwd=workdir)
+    args = [
+        *TINY,
+        "--dataset=small",
+        "--data_order=epoch",
+        "--max_epochs=3",
+        "--stride=16",
+        "--out_dir=out/epochs",
+    ]
+    run("train.py", *args, cwd=workdir)
+    steps_per_epoch = train.count_windows(int(19 * 40 * 0.9), 32, 16) // 4
+    assert len(metrics(workdir / "out" / "epochs", "loss")) == 3 * steps_per_epoch
+
+
+def test_half_precision_compiled_and_constant(workdir):
+    """bfloat16 autocast, and torch.compile where a C++ compiler is at hand, learn as float32 does."""
+    losses = {}
+    for name, args in {
+        "float32": ["--dtype=float32"],
+        "bfloat16": ["--dtype=bfloat16"],
+        "compiled": ["--compile=True"] if shutil.which("g++") else [],
+    }.items():
+        run("train.py", *TINY, "--max_iters=20", *args, f"--out_dir=out/{name}", cwd=workdir)
+        losses[name] = metrics(workdir / "out" / name, "val_loss")[20]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
+    assert losses["compiled"] == pytest.approx(losses["float32"], rel=1e-4)
+
+
+def test_full_disk_keeps_the_old_checkpoint_and_trains_on(workdir):
+    """A file-size limit of the process stands for the full disk: torch.save fails in the middle."""
+    script = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+    script += f"sys.path.insert(0, {str(REPO)!r}); sys.argv[0] = {str(REPO / 'train.py')!r};"
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    args = [*TINY, "--max_iters=20", "--out_dir=out/full"]
+    (workdir / "out" / "full").mkdir(parents=True)
+    (workdir / "out" / "full" / "best.pt").write_bytes(b"old")
+    done = run("-c", script, *args, cwd=workdir)
+    assert "best.pt not written, what was there stays" in done.stderr and "step 20:" in done.stdout
+    assert (workdir / "out" / "full" / "best.pt").read_bytes() == b"old"
+    assert not list((workdir / "out" / "full").glob("*.partial"))
+
+
+@needs_mirror
+def test_the_verdict_starts_as_published(tmp_path, reference):
+    """The untrained loss of the 124M model over the train windows; the trained figures are in the README."""
+    run("prepare.py", "verdict", cwd=tmp_path)
+    args = ["--eval_only=True", "--sample_prompt=", "--device=cpu"]
+    done = run("train.py", REPO / "config" / "train_verdict.py", *args, cwd=tmp_path)
+    loss = float(re.search(r"step 0: train loss ([\d.]+)", done.stdout)[1])
+    assert loss == pytest.approx(reference["loss_before_training"]["the_verdict_train_loss"], abs=0.03)
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_end_in_one_line(trained, workdir):
+    data = workdir / "data"
+    for name, change in {
+        "cut": lambda folder: (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-3]),
+        "short": lambda folder: (folder / "train.bin").write_bytes(
+            (folder / "train.bin").read_bytes()[:-2000]
+        ),
+        "wild": lambda folder: np.full(46505, 999, dtype="<u2").tofile(folder / "val.bin"),
+    }.items():
+        shutil.copytree(data / "pydocs", data / name)
+        change(data / name)
+    (workdir / "other.txt").write_text("another alphabet " * 100)
+    run("prepare.py", "other.txt", cwd=workdir)
+    shutil.copytree(trained, workdir / "out" / "broken")
+    (workdir / "out" / "broken" / "ckpt.pt").write_bytes(b"PK\3\4 damaged")
+    shutil.copytree(trained, workdir / "out" / "weights")
+    shutil.copy(trained / "best.pt", workdir / "out" / "weights" / "ckpt.pt")
+    files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    for words, *args in (
+        (["data/nothing", "python prepare.py nothing"], "--dataset=nothing"),
+        (["n_head=5", "n_embd=32"], "--n_head=5"),
+        (["data/cut/val.bin", "truncated"], "--dataset=cut"),
+        (["data/short/train.bin", "truncated"], "--dataset=short"),
+        (["data/wild/val.bin", "999", "103"], "--dataset=wild"),
+        (["val.bin", "46505", "block_size=50000"], "--block_size=50000"),
+        (["40000 windows", "train.bin"], "--data_order=epoch", "--batch_size=40000"),
+        (["batch_size", "at least 1"], "--batch_size=0"),
+        (["eval_iters", "at least 0"], "--eval_iters=-1"),
+        (["CUDA", "--device=cpu"], "--device=cuda"),
+        (["device=abacus"], "--device=abacus"),
+        (["out/trained", "--init_from=resume"], "--out_dir=out/trained"),
+        (["out/none/ckpt.pt"], "--init_from=resume", "--out_dir=out/none"),
+        (["n_layer=2", "n_layer=3"], "--init_from=resume", "--out_dir=out/trained", "--n_layer=3"),
+        (["block_size=64", "block_size=32"], "--init_from=out/trained/ckpt.pt", "--block_size=64"),
+        (["tokenizer", "data/other"], "--init_from=out/trained/ckpt.pt", "--dataset=other"),
+        (["out/broken/ckpt.pt", "damaged"], "--init_from=resume", "--out_dir=out/broken"),
+        (["no run to resume"], "--init_from=resume", "--out_dir=out/weights"),
+        (["nowhere.pt"], "--init_from=nowhere.pt"),
+        (["optimiser", "unknown setting"], "--optimiser=adam"),
+        (["cannot write", "other.txt"], "--out_dir=other.txt"),
+    ):
+        resumes = any("init_from" in arg for arg in args)
+        base = [] if resumes else [*TINY, "--out_dir=out/never"]
+        if torch.cuda.is_available() and "--device=cuda" in args:
+            continue
+        line = refused("train.py", *base, *args, cwd=workdir)
+        assert all(word in line for word in words), line
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == files
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(workdir):
+    args = [*TINY, "--max_iters=60", "--learning_rate=1e30", "--grad_clip=0", "--out_dir=out/nan"]
+    line = refused("train.py", *args, cwd=workdir)
+    assert "out/nan/ckpt.pt" in line and re.search(r"(iter|step) \d+", line)
+    good = torch.load(workdir / "out" / "nan" / "ckpt.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in good["model"].values())
+
+
+def test_ranks_must_divide_the_micro_batches(workdir):
+    env = {"RANK": "0", "WORLD_SIZE": "4"}
+    line = refused("train.py", *TINY, "--gradient_accumulation_steps=6", cwd=workdir, env=env)
+    assert "gradient_accumulation_steps=6" in line and "4" in line
