@@ -63,6 +63,7 @@ sample_prompt: str | None = None  # continued at each evaluation; None: as valid
 if __name__ == "__main__":
     given = configure(globals())  # before the slow imports: --help and a mistyped key answer at once
 
+import gc
 import json
 import math
 import os
@@ -507,6 +508,10 @@ def main(given: dict[str, Any]) -> None:
         launch = "python" if world_size == 1 else "torchrun ..."
         say(f"stopped after {step} steps, saved; go on with: {launch} train.py {shlex.join(arguments)}")
     if world_size > 1:
+        del (
+            parallel
+        )  # while it holds the process group, gloo's threads outlive the interpreter: an abort at exit
+        gc.collect()
         dist.destroy_process_group()
 
 
