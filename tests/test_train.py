@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
+from model import GPT, GPTConfig
 
 TINY = TINY.split()
 
@@ -269,13 +271,19 @@ def test_full_disk_keeps_the_old_checkpoint_and_trains_on(workdir):
 
 
 @needs_mirror
-def test_the_verdict_starts_as_published(tmp_path, reference):
-    """The untrained loss of the 124M model over the train windows; the trained figures are in the README."""
+def test_the_verdict_before_training_as_published(tmp_path, monkeypatch, reference):
+    """The seeded 124M model's loss over the 9 training batches, through our windows and our evaluation."""
     run("prepare.py", "verdict", cwd=tmp_path)
-    args = ["--eval_only=True", "--sample_prompt=", "--device=cpu"]
-    done = run("train.py", REPO / "config" / "train_verdict.py", *args, cwd=tmp_path)
-    loss = float(re.search(r"step 0: train loss ([\d.]+)", done.stdout)[1])
-    assert loss == pytest.approx(reference["loss_before_training"]["the_verdict_train_loss"], abs=0.03)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "batch_size", 2)
+    monkeypatch.setattr(train, "block_size", 256)
+    data, _, meta = train.load_dataset("verdict")
+    torch.manual_seed(123)
+    model = GPT(GPTConfig(**(reference["gpt_124m"]["config"] | {"block_size": 256})))
+    starts = train.eval_starts(len(data), 256, 0)
+    assert meta["vocab_size"] == 50257 and len(starts) == 18
+    loss = train.evaluate(model, data, starts, "cpu", nullcontext())
+    assert loss == pytest.approx(reference["loss_before_training"]["the_verdict_train_loss"], abs=1e-5)
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------
