@@ -17,9 +17,9 @@ import types
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-# nanoGPT's config files run here: keys that we have no use for, and one that we spell otherwise
+# nanoGPT's config files run here: keys that we have no use for, and one that we say in two settings
 UNUSED = {"wandb_log", "wandb_project", "wandb_run_name"}
-RENAMED = {"decay_lr": ("lr_schedule", {True: "cosine", False: "constant"})}
+DECAY_LR = {True: {"lr_schedule": "cosine"}, False: {"lr_schedule": "constant", "warmup_iters": 0}}
 
 WORDS = {"None": None, "True": True, "true": True, "False": False, "false": False}
 
@@ -51,6 +51,9 @@ def configure(settings: dict[str, Any], argv: list[str] | None = None) -> dict[s
     except ValueError as error:
         message = " ".join(str(error).split())
         raise SystemExit(f"{Path(settings['__file__']).name}: {message}") from None
+    if unused := [key for key in given if key in UNUSED]:
+        print(f"{', '.join(unused)} passed over: there is no such logging here", file=sys.stderr)
+    given = {key: value for key, value in given.items() if key not in UNUSED}
     settings.update(given)
     return given
 
@@ -82,8 +85,8 @@ def run_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
     namespace = {"__file__": path}
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
-    except FileNotFoundError:
-        raise ValueError(f"no such config file: {path} (flags are written --key=value)") from None
+    except OSError as error:
+        raise ValueError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
     except Exception as error:
         line = getattr(
             error, "lineno", None
@@ -100,25 +103,22 @@ def run_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
                 given |= override(key, value, kinds)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-    unused = sorted(UNUSED & namespace.keys())
-    if unused:
-        print(f"{path}: {', '.join(unused)} passed over, there is no such logging here", file=sys.stderr)
     return given
 
 
 def override(key: str, value: Any, kinds: dict[str, Any], is_text: bool = False) -> dict[str, Any]:
-    """{key: value}, checked and of the wanted type; {} for a key that is passed over.
+    """{key: value}, checked and of the wanted type; a key of nanoGPT's unchecked, or what it means here.
 
     is_text: a flag's text, read as the wanted type. Raises ValueError naming key, wanted type and value.
     """
     if key in UNUSED:
-        return {}
-    renamed, values = RENAMED.get(key, (key, None))
-    if renamed not in kinds:
+        return {key: value}
+    decay_lr = key == "decay_lr" and "lr_schedule" in kinds
+    if key not in kinds and not decay_lr:
         near = difflib.get_close_matches(key, kinds, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
         raise ValueError(f"unknown setting {key!r}; {hint}")
-    kind = bool if values else kinds[key]
+    kind = bool if decay_lr else kinds[key]
     choices = get_args(kind) if get_origin(kind) is Literal else None
     wanted = {type(choice) for choice in choices} if choices else set(get_args(kind) or (kind,))
     if is_text:
@@ -132,7 +132,7 @@ def override(key: str, value: Any, kinds: dict[str, Any], is_text: bool = False)
     ):
         names = choices or sorted("None" if kind is type(None) else kind.__name__ for kind in wanted)
         raise ValueError(f"{key} wants {' or '.join(map(str, names))}, not {value!r}")
-    return {renamed: values[value] if values else value}
+    return DECAY_LR[value] if decay_lr else {key: value}
 
 
 def read_text(text: str, wanted: set[type]) -> Any:

@@ -7,7 +7,9 @@ tokenizers or settings: copy it into your own project and it works.
 Shapes in the comments: B batch, T time (tokens), C n_embd, H n_head, D head size C / H, V vocabulary.
 """
 
+import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -252,28 +254,65 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str, device: str = "cpu") -> "GPT":
-        """The model of a checkpoint that train.py wrote. Raises as load_checkpoint."""
+        """The model of a checkpoint of train.py or of nanoGPT. Raises as load_checkpoint."""
         return cls.from_state(load_checkpoint(path), device)
 
     @classmethod
+    def from_pretrained(cls, folder: str, device: str = "cpu") -> "GPT":
+        """The model of a folder that save_pretrained or transformers wrote. Raises as load_checkpoint."""
+        return cls.from_state(load_hugging_face(folder), device)
+
+    @classmethod
     def from_state(cls, checkpoint: dict[str, Any], device: str = "cpu", **changes: Any) -> "GPT":
-        """The model of a loaded checkpoint, with some GPTConfig fields changed.
+        """The model of a loaded checkpoint, whose tensors it takes over, with some GPTConfig fields changed.
 
         FREE_FIELDS may change, and block_size may shrink: the last position embeddings go. Raises ValueError
         where the weights do not fit.
         """
-        args = checkpoint["model_args"] | changes
         weights = dict(checkpoint["model"])
         try:
-            model = cls(GPTConfig(**args))
-            wpe = weights["transformer.wpe.weight"]
-            if args["block_size"] < checkpoint["model_args"]["block_size"]:
-                weights["transformer.wpe.weight"] = wpe[: args["block_size"]]
-            model.load_state_dict(weights)
+            config = GPTConfig(**(checkpoint["model_args"] | changes))
+            if config.block_size < checkpoint["model_args"]["block_size"]:
+                weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][
+                    : config.block_size
+                ].clone()
+            with torch.device("meta"):  # no memory, no random numbers
+                model = cls(config)
+            model.load_state_dict(weights, assign=True)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"the checkpoint's weights do not fit the model: {reason[:300]}") from None
-        return model.to(device)
+        if config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight
+        return model.to(device, torch.float32)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
+
+        Raises ValueError where the architecture is not GPT-2's, naming the field.
+        """
+        from safetensors.torch import save_file
+
+        c = self.config
+        for name in ("bias", "qkv_bias"):
+            if value_or(getattr(c, name), c.bias) is False:
+                raise ValueError(f"Hugging Face's GPT-2 cannot express {name}=False")
+        settings = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size}
+        settings |= {"n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd}
+        settings |= {"n_layer": c.n_layer, "n_head": c.n_head, "tie_word_embeddings": c.tie_weights}
+        settings |= {theirs: value_or(getattr(c, ours), c.dropout) for ours, theirs in HF_DROPOUTS.items()}
+        settings |= {"activation_function": HF_ACTIVATIONS[c.activation], "layer_norm_epsilon": 1e-5}
+        if c.vocab_size > 50256:
+            settings |= {"bos_token_id": 50256, "eos_token_id": 50256}
+        weights = {
+            name: (t.T if name.endswith(HF_TRANSPOSED) else t).contiguous()
+            for name, t in self.state_dict().items()
+            if not (c.tie_weights and name == "lm_head.weight")
+        }
+        os.makedirs(folder, exist_ok=True)
+        save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        with open(os.path.join(folder, "config.json"), "w") as file:
+            json.dump(settings, file, indent=2)
 
 
 def next_token_probs(
@@ -284,7 +323,7 @@ def next_token_probs(
     In this order: logits divided by temperature (> 0); the top_k largest kept; of those, the fewest most
     probable tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman et al. 2019).
     """
-    logits = logits.float() / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature  # no overflow, however cold
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -297,22 +336,85 @@ def next_token_probs(
     return probs
 
 
-def load_checkpoint(path: str, device: str = "cpu") -> dict[str, Any]:
-    """A checkpoint of train.py as a dictionary, with at least model (the state dict) and model_args.
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint as a dictionary with at least model (the state dict) and model_args (GPTConfig's fields).
 
-    Only tensors and plain data are read; nothing in the file is run. Raises ValueError with one line.
+    path: a file of train.py or of nanoGPT, or a Hugging Face GPT-2 folder. Only tensors and plain data are
+    read; nothing in the file is run. Raises ValueError with one line.
     """
+    if os.path.exists(os.path.join(path, "ckpt.pt")):
+        raise ValueError(f"{path} is a run's folder; name the file {os.path.join(path, 'best.pt')}")
+    if os.path.isdir(path):
+        return load_hugging_face(path)
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}") from None
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except (
         Exception
-    ):  # whatever a damaged zip or a forbidden pickle makes torch raise; its advice is to trust the file
+    ):  # a damaged zip or a forbidden pickle raises all sorts; torch's advice is to trust the file
         raise ValueError(f"{path} is damaged, or holds other things than tensors and plain data") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+    parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is no GPT checkpoint: it lacks model or model_args")
+    if (
+        "iter_num" in checkpoint
+    ):  # nanoGPT's, whose GELU is exact, and compiled perhaps, with masks as buffers
+        weights = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
+        checkpoint["model"] = {name: t for name, t in weights.items() if not name.endswith(".attn.bias")}
+        checkpoint["model_args"].setdefault("activation", "gelu_erf")
     return checkpoint
+
+
+# Hugging Face's names for what GPTConfig has, and the matrices that its Conv1D holds input-major
+HF_DROPOUTS = {"embd_dropout": "embd_pdrop", "attn_dropout": "attn_pdrop", "resid_dropout": "resid_pdrop"}
+HF_ACTIVATIONS = {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu"}
+HF_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+HF_FIXED = {  # settings of which we have one value alone, and that value, which is the default too
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+
+def load_hugging_face(folder: str) -> dict[str, Any]:
+    """A folder with config.json and model.safetensors of a GPT-2, as load_checkpoint. Raises ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        with open(os.path.join(folder, "config.json")) as file:
+            settings = json.load(file)
+        tensors = load_file(os.path.join(folder, "model.safetensors"))
+        for name, value in HF_FIXED.items():
+            if settings.get(name, value) != value:
+                raise ValueError(f"{name} is {settings[name]!r}, GPT-2's is {value!r}")
+        if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
+            raise ValueError(f"n_inner is {settings['n_inner']}, GPT-2's is 4 n_embd")
+        activations = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()} | {
+            "gelu_pytorch_tanh": "gelu"
+        }
+        activation = settings.get("activation_function", "gelu_new")
+        if activation not in activations:
+            raise ValueError(f"activation_function is {activation!r}, none of {', '.join(activations)}")
+        args = {name: settings[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        args |= {ours: settings.get(theirs, 0.1) for ours, theirs in HF_DROPOUTS.items()}
+        args |= {"block_size": settings["n_positions"], "activation": activations[activation]}
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json lacks {error}") from None
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder} is no GPT-2 of Hugging Face's: {error}") from None
+    weights = {}
+    for name, t in tensors.items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in files of old
+            weights[name] = t.T.contiguous() if name.endswith(HF_TRANSPOSED) else t
+    args["tie_weights"] = settings.get("tie_word_embeddings", True)
+    if args["tie_weights"] and "transformer.wte.weight" in weights:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return {"model": weights, "model_args": args}
 
 
 def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
@@ -323,9 +425,10 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}, but PyTorch finds no CUDA GPU here; use --device=cpu")
     try:
-        torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device={device} is none of cpu, cuda, cuda:N, mps") from None
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device={device} is not to be had here; use --device=cpu") from None
     if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+        has_bfloat16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bfloat16 else "float32"
     return device, dtype

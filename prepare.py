@@ -1,8 +1,9 @@
-"""Everything that comes in from outside: text -> token IDs in data/<name>/, tokenizers, downloads.
+"""All that comes in from outside: text -> token IDs in data/<name>/, tokenizers, downloads, GPT-2's weights.
 
     python prepare.py                              # pydocs: Python's own reference, nothing is downloaded
     python prepare.py shakespeare_char
     python prepare.py my_book.txt --tokenizer=gpt2 --name=book
+    python prepare.py gpt2                         # OpenAI's weights: data/gpt2/ckpt.pt
 
 A dataset is train.bin and val.bin (little-endian uint16 token IDs, no header) and meta.json.
 Downloads go through download() alone, and first to PLAINGPT_MIRROR where that is set.
@@ -11,12 +12,13 @@ Downloads go through download() alone, and first to PLAINGPT_MIRROR where that i
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +54,12 @@ CORPORA = {  # name: (its tokenizer unless --tokenizer says otherwise, where it 
     "shakespeare": ("gpt2", TINY_SHAKESPEARE),
     "verdict": ("gpt2", THE_VERDICT),
 }
+
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+GPT2_FILES = "checkpoint encoder.json hparams.json model.ckpt.index model.ckpt.meta vocab.bpe"
+GPT2_FILES += " model.ckpt.data-00000-of-00001"
+GPT2_SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
 
 
 class DataError(ValueError):
@@ -97,7 +105,7 @@ def fetch(url: str, part: Path) -> None:
     import requests  # here, so that train.py and sample.py start without it
     from tqdm import tqdm
 
-    failures = 0
+    failures, most = 0, 0
     while True:
         have = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -117,7 +125,9 @@ def fetch(url: str, part: Path) -> None:
                     for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         bar.update(len(chunk))
-                        failures = 0
+                        have += len(chunk)
+                        if have > most:  # a transfer that gets further is worth another try, however often
+                            failures, most = 0, have
             if total is None or part.stat().st_size == total:
                 return
             reason = f"ended after {part.stat().st_size} of {total} bytes"
@@ -177,11 +187,12 @@ class CharTokenizer:
         return cls(sorted(set().union(*texts)) + [END_OF_TEXT] * (len(texts) > 1))
 
     def encode(self, text: str) -> list[int]:
-        pieces = re.split(f"({re.escape(END_OF_TEXT)})", text) if self.end_of_text is not None else [text]
+        ids: list[int] = []
+        pieces = [text] if self.end_of_text is None else text.split(END_OF_TEXT)
         try:
-            return [
-                self.ids[char] for piece in pieces for char in ([piece] if piece == END_OF_TEXT else piece)
-            ]
+            for i, piece in enumerate(pieces):
+                ids += [self.end_of_text] * (i > 0) + [self.ids[char] for char in piece]
+            return ids
         except KeyError as error:
             char = error.args[0]
             raise DataError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary") from None
@@ -245,13 +256,16 @@ class GPT2Tokenizer:
 
 def load_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     """The tokenizer that a meta.json describes. Raises DataError."""
-    spec = meta["tokenizer"]
-    if spec["type"] == "char":
-        return CharTokenizer(spec["chars"])
-    if spec["type"] == "word":
-        return WordTokenizer(spec["vocab"])
-    if spec["type"] == "gpt2":
-        return gpt2_tokenizer()
+    try:
+        spec = meta["tokenizer"]
+        if spec["type"] == "char":
+            return CharTokenizer(spec["chars"])
+        if spec["type"] == "word":
+            return WordTokenizer(spec["vocab"])
+        if spec["type"] == "gpt2":
+            return gpt2_tokenizer()
+    except (KeyError, TypeError) as error:
+        raise DataError(f"the tokenizer's description is damaged: {error!r}") from None
     raise DataError(f"unknown tokenizer type {spec['type']!r}")
 
 
@@ -299,11 +313,12 @@ def pydocs() -> tuple[list[str], list[dict[str, str]]]:
 
 
 def split(texts: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """One text is cut, its first part trains. Of many, the first of every 1 / val_fraction validates."""
+    """One text is cut, its first part trains. Of many, the last of every 1 / val_fraction validates."""
     if len(texts) == 1:
         cut = int(len(texts[0]) * (1 - val_fraction))
         return [texts[0][:cut]], [texts[0][cut:]]
-    validates = [math.ceil((i + 1) * val_fraction) > math.ceil(i * val_fraction) for i in range(len(texts))]
+    validates = [int((i + 1) * val_fraction) > int(i * val_fraction) for i in range(len(texts))]
+    validates[-1] |= not any(validates)
     train = [text for text, is_val in zip(texts, validates, strict=True) if not is_val]
     return train, [text for text, is_val in zip(texts, validates, strict=True) if is_val]
 
@@ -328,14 +343,7 @@ def write_dataset(
             f"{name}: {tokenizer.vocab_size} vocabulary entries are over {MAX_VOCAB}; try --tokenizer=gpt2"
         )
     ending = [tokenizer.end_of_text] if len(texts) > 1 else []
-    folder = Path("data", name)
-    if folder.exists() and not {p.name for p in folder.iterdir()} <= {"train.bin", "val.bin", "meta.json"}:
-        raise DataError(f"{folder} holds files that prepare.py did not write; choose another --name")
-    new, old = Path("data", f".{name}.new"), Path("data", f".{name}.old")
-    for path in (new, old):
-        shutil.rmtree(path, ignore_errors=True)  # what a killed run left
-    new.mkdir(parents=True)
-    try:
+    with new_folder(name, {"train.bin", "val.bin", "meta.json"}) as folder:
         counts = {}
         for part, documents in zip(("train", "val"), split(texts, val_fraction), strict=True):
             ids = np.array([i for text in documents for i in tokenizer.encode(text) + ending], dtype="<u2")
@@ -343,11 +351,28 @@ def write_dataset(
                 raise DataError(
                     f"{name}: nothing is left for {part}.bin; give more text or another --val_fraction"
                 )
-            ids.tofile(new / f"{part}.bin")
+            ids.tofile(folder / f"{part}.bin")
             counts[f"{part}_tokens"] = len(ids)
         meta = {"dataset": name, "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size}
         meta |= {"dtype": "uint16", **counts, "sources": sources}
-        (new / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    return meta
+
+
+@contextmanager
+def new_folder(name: str, files: set[str]) -> Iterator[Path]:
+    """A folder to fill, which becomes data/<name>/ when all is done; until then the old one, or none, is there.
+
+    files: what data/<name>/ may hold to be replaced. Raises DataError where it holds more.
+    """
+    folder, new, old = Path("data", name), Path("data", f".{name}.new"), Path("data", f".{name}.old")
+    if folder.exists() and not {path.name for path in folder.iterdir()} <= files:
+        raise DataError(f"{folder} holds files that prepare.py did not write; choose another --name")
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)  # what a killed run left
+    new.mkdir(parents=True)
+    try:
+        yield new
         if folder.exists():
             print(f"{folder} is replaced", file=sys.stderr)
             folder.rename(old)
@@ -355,13 +380,103 @@ def write_dataset(
     finally:
         for path in (new, old):
             shutil.rmtree(path, ignore_errors=True)
-    return meta
+
+
+# -- OpenAI's weights ----------------------------------------------------------------------------------------
+
+
+def prepare_gpt2(name: str) -> None:
+    """OpenAI's TensorFlow checkpoint of a size of GPT-2 -> data/<name>/ckpt.pt and meta.json. Raises DataError."""
+    import torch
+
+    size = GPT2_SIZES[name]
+    cache = Path("data", ".cache", f"gpt2-{size}")
+    urls = [f"{GPT2_URL}/{size}/{file}" for file in GPT2_FILES.split()]
+    for url in urls:
+        download(url, cache / url.rsplit("/", 1)[1])
+    checkpoint = read_gpt2(cache)
+    sources = [{"url": url, "sha256": file_sha256(cache / url.rsplit("/", 1)[1])} for url in urls]
+    meta = {
+        "dataset": name,
+        "tokenizer": {"type": "gpt2"},
+        "vocab_size": checkpoint["model_args"]["vocab_size"],
+    }
+    checkpoint["meta"] = meta | {"sources": sources}
+    with new_folder(name, {"ckpt.pt", "meta.json"}) as folder:
+        try:
+            torch.save(checkpoint, folder / "ckpt.pt")
+        except RuntimeError as error:  # which torch makes of a full disk
+            raise OSError(f"cannot write data/{name}/ckpt.pt: {str(error).splitlines()[0]}") from None
+        (folder / "meta.json").write_text(json.dumps(checkpoint["meta"], indent=1), encoding="utf-8")
+    shutil.rmtree(cache)  # as large again, and of no more use
+
+
+def read_gpt2(folder: Path) -> dict[str, Any]:
+    """model and model_args of a GPT-2 that TensorFlow saved, read tensor by tensor. Raises DataError."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow is loud
+    try:
+        import tensorflow as tf
+    except ImportError:
+        raise DataError("OpenAI's files are TensorFlow's; install it: pip install tensorflow") from None
+    import torch
+
+    from model import GPT, GPTConfig
+
+    try:
+        hparams = json.loads((folder / "hparams.json").read_text())
+        args = {"block_size": hparams["n_ctx"], "vocab_size": hparams["n_vocab"]}
+        args |= {key: hparams[key] for key in ("n_layer", "n_head", "n_embd")}
+        with torch.device("meta"):
+            shapes = {key: tuple(t.shape) for key, t in GPT(GPTConfig(**args)).state_dict().items()}
+        reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
+    except (KeyError, TypeError, ValueError, tf.errors.OpError) as error:
+        raise DataError(
+            f"{folder} is no GPT-2, or damaged; delete it and try again: {error!r:.200}"
+        ) from None
+    stored = dict(reader.get_variable_to_shape_map())
+    weights: dict[str, torch.Tensor] = {}
+    for key, shape in shapes.items():
+        if key == "lm_head.weight":
+            weights[key] = weights["transformer.wte.weight"]  # one tensor, as GPT-2 ties them
+            continue
+        # transformer.h.0.attn.c_attn.weight is model/h0/attn/c_attn/w, stored (1, in, out) as a convolution
+        theirs = re.sub(r"^transformer\.", "model/", key).replace("h.", "h", 1).replace(".", "/")
+        if "/wte/" in theirs or "/wpe/" in theirs:
+            theirs, expected = theirs.removesuffix("/weight"), shape
+        elif len(shape) == 2:
+            theirs, expected = theirs.replace("/weight", "/w"), (1, shape[1], shape[0])
+        else:
+            theirs, expected = theirs.replace("/weight", "/g").replace("/bias", "/b"), shape
+        found = stored.pop(theirs, None)
+        if found is None or tuple(found) != expected:
+            raise DataError(
+                f"{folder}: the tensor {theirs} should have the shape {expected}, and has {found}"
+            )
+        try:
+            tensor = torch.from_numpy(reader.get_tensor(theirs))
+        except (tf.errors.OpError, IndexError) as error:
+            raise DataError(
+                f"{folder} is damaged at {theirs}; delete it and try again: {error!r:.200}"
+            ) from None
+        weights[key] = tensor[0].T.contiguous() if expected != shape else tensor
+    if stored:
+        raise DataError(f"{folder}: tensors that GPT-2 does not have: {', '.join(sorted(stored))[:200]}")
+    return {"model": weights, "model_args": args}
+
+
+def weights_path(init_from: str) -> str:
+    """The checkpoint that init_from names: GPT-2's weights, or a path as it stands. Raises DataError."""
+    if init_from not in GPT2_SIZES:
+        return init_from
+    path = f"data/{init_from}/ckpt.pt"
+    if not Path(path).exists():
+        raise DataError(f"{path} is not there; run: python prepare.py {init_from}")
+    return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog=f"NAME is one of: {', '.join(CORPORA)}"
-    )
+    names = [*CORPORA, *GPT2_SIZES]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"NAME: {', '.join(names)}")
     parser.add_argument(
         "what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files"
     )
@@ -379,6 +494,15 @@ def main() -> None:
         name = args.name or re.sub(r"[^\w.-]+", "_", Path(args.what[0]).resolve().stem).lstrip(".")
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise DataError(f"--name={name} is no folder name: letters, digits, '_', '-' and '.' only")
+        sizes = {name: name for name in GPT2_SIZES} | {size: name for name, size in GPT2_SIZES.items()}
+        if len(args.what) == 1 and args.what[0] in sizes:
+            name = sizes[args.what[0]]
+            if Path("data", name, "ckpt.pt").exists():
+                print(f"data/{name}/ckpt.pt is there already")
+            else:
+                prepare_gpt2(name)
+                print(f"data/{name}/ckpt.pt: --init_from={name} takes it")
+            return
         kind, url = CORPORA.get(args.what[0], ("char", None))
         if len(args.what) == 1 and url:
             path = cached(*url)
@@ -387,8 +511,10 @@ def main() -> None:
             texts, sources = pydocs()
         else:
             for path in args.what:
+                if path in names and len(args.what) > 1:
+                    raise DataError(f"one corpus at a time: python prepare.py {path}")
                 if not Path(path).exists():
-                    raise DataError(f"{path} is neither a file nor a folder nor one of {', '.join(CORPORA)}")
+                    raise DataError(f"{path} is neither a file nor a folder nor one of {', '.join(names)}")
             texts, sources = read_texts(args.what)
         meta = write_dataset(name, texts, sources, args.tokenizer or kind, args.val_fraction)
         print(

@@ -4,12 +4,15 @@ python sample.py --out_dir=out/quickstart --start="The for statement"
 python sample.py --init_from=out/quickstart/ckpt.pt --start=FILE:prompt.txt --num_samples=3 --temperature=0
 """
 
+import signal
 from typing import Literal
 
 from configurator import configure
 
 out_dir = "out"  # a run of train.py
-init_from = "resume"  # resume: out_dir's best.pt, else its ckpt.pt; or the path of a checkpoint
+init_from = (
+    "resume"  # resume (out_dir's best.pt, else its ckpt.pt), gpt2 and its sizes, or a checkpoint's path
+)
 start = "\n"  # the prompt, or FILE:path of one
 num_samples = 1  # how many, one after the other
 max_new_tokens = 500  # tokens in each
@@ -20,22 +23,23 @@ stop: str | None = None  # end a sample where it has generated this text; end-of
 seed = 1337  # the same seed, the same text
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
-compile: Literal["auto", True, False] = (
-    "auto"  # torch.compile; auto: no, the compiler takes longer than a sample
-)
+compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: no, it takes longer than a sample
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     configure(globals())  # before the slow imports: --help and a mistyped key answer at once
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model import GPT, load_checkpoint, pick_device
-from prepare import DataError, Tokenizer, load_tokenizer
+from prepare import DataError, Tokenizer, load_tokenizer, weights_path
 
 
 def text_stream(
@@ -66,61 +70,59 @@ def text_stream(
     yield waiting + tokenizer.decode(held)[len(shown) :]
 
 
+def find_meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What describes a checkpoint's tokenizer: itself; of nanoGPT, its dataset; else GPT-2's if that fits."""
+    if "meta" in checkpoint:
+        return checkpoint["meta"]
+    path = Path("data", str(checkpoint.get("config", {}).get("dataset")), "meta.json")
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if checkpoint["model_args"]["vocab_size"] < 50257:
+        raise ValueError(f"the checkpoint does not hold its tokenizer; prepare its dataset, for {path}")
+    return {"tokenizer": {"type": "gpt2"}}
+
+
 def main() -> None:
-    path = init_from
-    if init_from == "resume":
-        path = next(
-            (p for p in (f"{out_dir}/best.pt", f"{out_dir}/ckpt.pt") if Path(p).exists()),
-            f"{out_dir}/best.pt",
-        )
     for name in ("num_samples", "max_new_tokens", "temperature", "seed"):
-        if globals()[name] < 0:
-            sys.exit(f"sample.py: {name} cannot be negative")
+        if not 0 <= globals()[name] < 2**63:
+            sys.exit(f"sample.py: {name} cannot be {globals()[name]}")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         sys.exit("sample.py: top_k must be at least 1, and top_p above 0 and at most 1")
     try:
         use_device, use_dtype = pick_device(device, dtype)
+        path = weights_path(init_from)
+        if init_from == "resume":
+            best, latest = Path(out_dir, "best.pt"), Path(out_dir, "ckpt.pt")
+            path = str(latest if latest.exists() and not best.exists() else best)
         checkpoint = load_checkpoint(path)
-        tokenizer = load_tokenizer(checkpoint.get("meta", {"tokenizer": {"type": "gpt2"}}))
         model = GPT.from_state(checkpoint)
+        tokenizer = load_tokenizer(find_meta(checkpoint))
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the model's vocabulary of {model.config.vocab_size} is not that of its tokenizer"
+            )
         prompt = Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
-        ids = tokenizer.encode(prompt)
-        if not ids:
-            ids = tokenizer.encode("<|endoftext|>")
-    except DataError as error:
-        sys.exit(f"sample.py: {error}; choose another --start")
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
-    if len(ids) > model.config.block_size:
-        print(
-            f"the prompt is cropped to its last {model.config.block_size} of {len(ids)} tokens",
-            file=sys.stderr,
-        )
-        ids = ids[-model.config.block_size :]
+    try:
+        ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
+    except DataError as error:
+        sys.exit(f"sample.py: {error}; choose another --start")
+    if len(ids) > (longest := model.config.block_size):
+        print(f"the prompt is cropped to its last {longest} of {len(ids)} tokens", file=sys.stderr)
+        ids = ids[-longest:]
     model.eval().to(use_device, getattr(torch, use_dtype))
     if compile is True:
         model.compile(dynamic=True)
     generator = torch.Generator(use_device).manual_seed(seed)
-    tokens = torch.tensor([ids], device=use_device)
+    idx = torch.tensor([ids], device=use_device)
+    options = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     for i in range(num_samples):
-        print(
-            f"{'' if num_samples == 1 else f'--- {i + 1} of {num_samples}: '}{prompt}",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-        stream = model.generate_stream(
-            tokens,
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            generator,
-            tokenizer.end_of_text,
-            tokenizer.vocab_size,
-        )
-        for text in text_stream(tokenizer, (token.item() for token in stream), ids, stop):
+        heading = f"--- {i + 1} of {num_samples}: " if num_samples > 1 else ""
+        print(heading + prompt, end="", file=sys.stderr, flush=True)
+        tokens = (token.item() for token in model.generate_stream(idx, max_new_tokens, *options))
+        for text in text_stream(tokenizer, tokens, ids, stop):
             print(text, end="", flush=True)
         print()
 
@@ -130,5 +132,3 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -7,6 +7,7 @@
 It writes ckpt.pt (the latest), best.pt (the best validation loss), metrics.jsonl and loss.png to out_dir.
 """
 
+import signal
 from typing import Literal
 
 from configurator import configure, read_settings
@@ -18,7 +19,7 @@ log_interval = 1  # steps between lines of training loss
 eval_iters = 200  # batches of each split in an evaluation, evenly spaced; 0: the whole split
 eval_only = False  # evaluate once and stop; nothing is written
 always_save_checkpoint = True  # False: ckpt.pt only when the validation loss improves (or on a signal)
-init_from = "scratch"  # scratch, resume (out_dir's ckpt.pt), or the path of a checkpoint to start from
+init_from = "scratch"  # scratch, resume (out_dir's ckpt.pt), gpt2 and its sizes, or the path of a checkpoint
 # data
 dataset = "pydocs"  # a folder of data/
 data_order: Literal["random", "epoch"] = "random"  # random offsets, or shuffled windows without replacement
@@ -53,7 +54,7 @@ warmup_iters = 2000  # steps of linear warmup
 lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
 min_lr: float | None = None  # None: a tenth of learning_rate
 # machine
-backend = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
+backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
@@ -61,20 +62,20 @@ seed = 1337  # of weights, batches and dropout
 sample_prompt: str | None = None  # continued at each evaluation; None: as validation begins; "": no sample
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     given = configure(globals())  # before the slow imports: --help and a mistyped key answer at once
 
+import functools
 import gc
 import json
 import math
 import os
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -85,7 +86,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, load_checkpoint, pick_device
-from prepare import DataError, load_tokenizer
+from prepare import DataError, load_tokenizer, weights_path
 
 SAMPLE_TOKENS = 100
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -99,7 +100,11 @@ def load_dataset(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     if not (folder / "train.bin").is_file():
         raise ValueError(f"{folder} is not prepared; run: python prepare.py {name}")
     if (folder / "meta.json").is_file():
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta["tokenizer"], meta["vocab_size"] + 0
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder}/meta.json is damaged ({error!r}); run prepare.py again") from None
     else:
         meta = {"dataset": name, "tokenizer": {"type": "gpt2"}, "vocab_size": 50257}
         print(f"{folder} has no meta.json: taken for GPT-2 token IDs", file=sys.stderr)
@@ -133,7 +138,7 @@ def batch_starts(
     return shuffled(n, seed, epoch)[batch * rows : (batch + 1) * rows] * stride
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
@@ -178,7 +183,7 @@ def get_lr(
 def sum_over_processes(value: float) -> float:
     if world_size == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    total = torch.tensor(value, dtype=torch.float64)  # on the CPU, where it does not wait for the GPU's queue
     dist.all_reduce(total)
     return total.item()
 
@@ -211,14 +216,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def trains_on(path: Path) -> Iterator[None]:
-    """A write that fails is said, and the run goes on: the full disk may have room at the next one."""
+def append_line(path: Path, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(line + "\n")
+
+
+def written(path: Path, write: Callable[[], Any]) -> bool:
+    """Whether write() went well; if not, that is said, and the run goes on: a full disk may get room."""
     try:
-        yield
+        write()
+        return True
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         reason = str(error).splitlines()[0]
         print(f"train.py: {path} not written, what was there stays: {reason}", file=sys.stderr)
+        return False
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -232,7 +243,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def plot_losses(metrics: list[dict[str, float]], tokens_per_step: int, path: Path) -> None:
+def plot_losses(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw training and validation loss against steps and tokens, the best validation marked."""
     from matplotlib.figure import Figure
 
@@ -247,8 +258,8 @@ def plot_losses(metrics: list[dict[str, float]], tokens_per_step: int, path: Pat
         axes.plot([line["step"] for line in lines], [line[key] for line in lines], **style, label=label)
     best = min(evals, key=lambda line: line["val_loss"])
     axes.plot(best["step"], best["val_loss"], "k*", markersize=12, label=f"best, {best['val_loss']:.4f}")
-    to_tokens, to_steps = (lambda s: s * tokens_per_step), (lambda t: t / tokens_per_step)
-    axes.secondary_xaxis("top", (to_tokens, to_steps)).set_xlabel("tokens seen")
+    a_step = max(1, evals[-1]["tokens"]) / max(1, evals[-1]["step"])  # tokens
+    axes.secondary_xaxis("top", (lambda s: s * a_step, lambda t: t / a_step)).set_xlabel("tokens seen")
     axes.grid(alpha=0.3)
     axes.legend()
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
@@ -258,17 +269,29 @@ def plot_losses(metrics: list[dict[str, float]], tokens_per_step: int, path: Pat
 
 
 def fail(message: str) -> NoReturn:
-    """End with one line on standard error, by rank 0 alone."""
-    sys.exit(f"train.py: {message}" if rank == 0 else 1)
+    """End with one line on standard error, by one process of each machine."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        sys.exit(f"train.py: {message}")
+    time.sleep(2)  # or torchrun might end the one that says it before it has
+    sys.exit(1)
 
 
-def check_settings() -> None:
+def check_settings(given: dict[str, Any]) -> None:
+    """End where the settings cannot work, before anything is begun."""
     at_least_1 = "eval_interval log_interval gradient_accumulation_steps batch_size block_size stride"
     at_least_0 = "max_iters max_epochs eval_iters warmup_iters lr_decay_iters seed grad_clip weight_decay"
+    at_least_0 += " learning_rate min_lr beta1 beta2"
     for least, names in enumerate((at_least_0, at_least_1)):
         for name in names.split():
             if globals()[name] is not None and globals()[name] < least:
                 fail(f"{name} must be at least {least}, not {globals()[name]}")
+    for name, limit in (("beta1", 1), ("beta2", 1), ("seed", 2**63)):
+        if globals()[name] >= limit:
+            fail(f"{name} must be less than {limit}, not {globals()[name]}")
+    if "max_iters" in given and max_epochs is not None:
+        fail(f"max_iters={max_iters} or max_epochs={max_epochs}? For the former, add --max_epochs=None")
+    if stride is not None and data_order != "epoch":
+        fail("stride has a meaning with --data_order=epoch alone")
     if gradient_accumulation_steps % world_size:
         fail(f"{gradient_accumulation_steps=} must be a multiple of the {world_size} processes")
 
@@ -280,7 +303,7 @@ def restore_settings(checkpoint: dict[str, Any], given: dict[str, Any]) -> None:
     for name in read_settings(globals()):
         if name in saved and name not in given and name not in ("out_dir", "init_from"):
             globals()[name] = saved[name]
-    for name in given.keys() & model_args.keys() - GPT.FREE_FIELDS:
+    for name in sorted(given.keys() & model_args.keys() - GPT.FREE_FIELDS):
         crops = name == "block_size" and init_from != "resume" and given[name] < model_args[name]
         if given[name] != model_args[name] and not crops:
             fail(f"{name}={given[name]}, but the checkpoint has {name}={model_args[name]}")
@@ -291,14 +314,14 @@ def main(given: dict[str, Any]) -> None:
     run, resume, checkpoint = Path(out_dir), init_from == "resume", None
     try:
         if init_from != "scratch":
-            checkpoint = load_checkpoint(str(run / "ckpt.pt") if resume else init_from)
+            checkpoint = load_checkpoint(str(run / "ckpt.pt") if resume else weights_path(init_from))
             if resume and not {"optimizer", "step", "config", "meta"} <= checkpoint.keys():
                 fail(f"{run}/ckpt.pt is no run to resume; take its weights by --init_from={run}/ckpt.pt")
             restore_settings(checkpoint, given)
-        check_settings()
+        check_settings(given)
         use_device, use_dtype = pick_device(device, dtype)
         train_data, val_data, meta = load_dataset(dataset)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         fail(str(error))
     if (run / "ckpt.pt").exists() and not resume and not eval_only:
         fail(f"{run} holds a run: go on with --init_from=resume, or choose another --out_dir, or delete it")
@@ -313,8 +336,15 @@ def main(given: dict[str, Any]) -> None:
     if world_size > 1:
         if device_type == "cuda":
             use_device = f"cuda:{os.environ['LOCAL_RANK']}"
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                fail(f"{use_device} is not there: start no more processes than {torch.cuda.device_count()}")
             torch.cuda.set_device(use_device)
-        dist.init_process_group({"auto": "nccl" if device_type == "cuda" else "gloo"}.get(backend, backend))
+        elif backend == "nccl":
+            fail(f"backend=nccl needs CUDA GPUs, the device is {use_device}; use --backend=gloo")
+        # tensors on a GPU go by nccl, the few numbers on the CPU by gloo
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device_type == "cuda" and backend != "gloo" else "gloo"
+        )
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     autocast = nullcontext()
@@ -337,11 +367,16 @@ def main(given: dict[str, Any]) -> None:
         fail(str(error))
     model.to(use_device).train()
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-    step, seconds, best_val_loss = 0, 0.0, math.inf
+    step, tokens, seconds, best_val_loss = 0, 0, 0.0, math.inf
     if resume:
-        step, seconds, best_val_loss = (checkpoint[key] for key in ("step", "seconds", "best_val_loss"))
+        step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
+        best_val_loss = checkpoint["best_val_loss"]
+        settled = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        for group, options in zip(optimizer.param_groups, settled, strict=True):
+            group.update(options)  # what is given now wins over what was saved
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
     checkpoint = None  # give its memory back
     compiled = (
         torch.compile(model) if compile is True or (compile, device_type) == ("auto", "cuda") else model
@@ -355,7 +390,7 @@ def main(given: dict[str, Any]) -> None:
     for name, data in ((f"data/{dataset}/train.bin", train_data), (f"data/{dataset}/val.bin", val_data)):
         if len(data) <= block_size:
             fail(f"{name} has {len(data)} tokens; block_size={block_size} needs {block_size + 1} at least")
-        if data.max() >= model.config.vocab_size:
+        if rank == 0 and data.max() >= model.config.vocab_size:
             fail(f"{name} has the ID {data.max()}, but the model's vocabulary is {model.config.vocab_size}")
     steps_per_epoch = count_windows(len(train_data), block_size, window_stride or block_size) // rows
     if steps_per_epoch == 0 and (data_order == "epoch" or max_epochs):
@@ -387,24 +422,29 @@ def main(given: dict[str, Any]) -> None:
     def say(line: str) -> None:
         if rank == 0:
             with tqdm.external_write_mode():
-                print(line, flush=True)
+                try:
+                    print(line, flush=True)
+                except BrokenPipeError:  # whoever read our output is gone; the run goes on
+                    sys.stdout = open(os.devnull, "w")
 
-    def log(**line: float) -> None:
+    def log(line: dict[str, float | None]) -> None:
         if writes:
             metrics.append(line)
-            with trains_on(run / "metrics.jsonl"), open(run / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            written(run / "metrics.jsonl", lambda: append_line(run / "metrics.jsonl", json.dumps(line)))
 
-    def save(name: str) -> None:
-        """Write ckpt.pt, or best.pt, which goes without the optimizer."""
-        if not writes:
-            return
-        state = {"model": model.state_dict(), "model_args": asdict(model.config), "config": config}
-        state |= {"meta": meta, "step": step, "seconds": seconds, "best_val_loss": best_val_loss}
+    def save(name: str) -> bool:
+        """Write ckpt.pt, or best.pt, which goes without the optimizer; whether that went well."""
+        state = {
+            "model": model.state_dict(),
+            "model_args": asdict(model.config),
+            "config": config,
+            "meta": meta,
+        }
+        state |= {"step": step, "tokens": tokens, "seconds": seconds, "best_val_loss": best_val_loss}
         if name == "ckpt.pt":
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        with trains_on(run / name):
-            write_atomically(run / name, lambda file: torch.save(state, file))
+        write = functools.partial(write_atomically, run / name, lambda file: torch.save(state, file))
+        return not writes or written(run / name, write)
 
     def sample() -> str:
         model.eval()
@@ -428,9 +468,9 @@ def main(given: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, on_signal)
 
     say(f"{model.num_params():,} parameters on {use_device}, {use_dtype}; {tokens_per_step:,} tokens a step")
-    logged_step, logged_seconds, stopping = step, seconds, False
+    logged_step, logged_seconds, stopping, saved = step, seconds, False, True
     while True:
-        if step % eval_interval == 0 or step == last_step:
+        if step % eval_interval == 0 or step >= last_step or eval_only:
             train_loss, val_loss = (
                 evaluate(compiled, data, starts, use_device, autocast) for data, starts in splits
             )
@@ -438,17 +478,16 @@ def main(given: dict[str, Any]) -> None:
             say(f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}")
             if not math.isfinite(train_loss + val_loss):
                 fail(f"step {step}: the loss is not finite; the last good state is {run}/ckpt.pt")
-            tokens = step * tokens_per_step
-            log(step=step, train_loss=train_loss, val_loss=val_loss, tokens=tokens, seconds=seconds)
+            line = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
+            log(line | {"tokens": tokens, "seconds": seconds})
             improved = val_loss < best_val_loss
             if improved:
                 best_val_loss = val_loss
                 save("best.pt")
             if improved or always_save_checkpoint:
-                save("ckpt.pt")
+                saved = save("ckpt.pt")
             if writes:
-                with trains_on(run / "loss.png"):
-                    plot_losses(metrics, tokens_per_step, run / "loss.png")
+                written(run / "loss.png", lambda: plot_losses(metrics, run / "loss.png"))
             if prompt:
                 say(sample())
         if step >= last_step or stopping or eval_only:
@@ -477,6 +516,7 @@ def main(given: dict[str, Any]) -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        tokens += tokens_per_step
         bar.update()
         stopping = sum_over_processes(float(signalled > 0)) > 0
         logs = (step - 1) % log_interval == 0 or stopping
@@ -495,12 +535,15 @@ def main(given: dict[str, Any]) -> None:
             logged_step, logged_seconds = step, seconds
             say(f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, {speed:,.0f} tokens/s")
             bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-            line = {"step": step - 1, "loss": mean_loss, "lr": lr, "grad_norm": norm}
-            log(**line, tokens=step * tokens_per_step, tokens_per_second=speed, seconds=seconds)
+            line = {"step": step - 1, "loss": mean_loss, "lr": lr}
+            line["grad_norm"] = norm if math.isfinite(norm) else None  # where float16 overflowed
+            log(line | {"tokens": tokens, "tokens_per_second": speed, "seconds": seconds})
         if stopping:
-            save("ckpt.pt")
+            saved = save("ckpt.pt")
 
     bar.close()
+    if not saved:
+        fail(f"the end of the run is lost: {run}/ckpt.pt could not be written")
     if stopping:
         arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")] + [
             "--init_from=resume"

@@ -1,9 +1,11 @@
 """What the tests share: the scripts run as a user runs them, in a folder of their own, on real text."""
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,43 @@ def trained(workdir):
     """out/trained: 60 steps of the tiny model on pydocs, with dropout."""
     run("train.py", *TINY.split(), "--max_iters=60", "--dropout=0.1", "--out_dir=out/trained", cwd=workdir)
     return workdir / "out" / "trained"
+
+
+CONTENT = bytes(range(256)) * 4000
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves files with ranges, CONTENT where it knows none; breaks off half-way while there are breaks."""
+
+    breaks, requests, files = 0, [], {}
+
+    def do_GET(self):
+        type(self).requests.append((self.path, self.headers.get("Range")))
+        content = self.files.get(self.path, CONTENT)
+        if "missing" in self.path or content is None:
+            return self.send_error(404)
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            return self.end_headers()
+        body = content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if type(self).breaks and len(content) > 100_000:
+            type(self).breaks -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.breaks, Server.requests, Server.files = 0, [], {}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()

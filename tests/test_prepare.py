@@ -2,15 +2,12 @@
 
 import errno
 import hashlib
-import http.server
 import json
-import math
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_mirror, refused, run
+from conftest import CONTENT, Server, needs_mirror, refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +136,7 @@ def test_many_documents_go_whole_to_one_side(tmp_path, tokenizer):
 def test_split_shares_documents_as_asked(n, fraction):
     train, val = prepare.split([str(i) for i in range(n)], fraction)
     assert sorted(map(int, train + val)) == list(range(n))
-    assert len(val) == math.ceil(n * fraction) and train
+    assert len(val) == max(1, int(n * fraction)) and train
 
 
 def test_prepared_again_is_replaced_whole(tmp_path):
@@ -168,6 +165,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         (["train.bin", "more text"], "tiny.txt"),
         (["65536", "--tokenizer=gpt2"], "wide.txt"),
         (["nowhere", "shakespeare_char"], "nowhere"),
+        (["one corpus at a time"], "verdict", "pydocs"),
         (["no text file"], "bare"),
         (["--val_fraction", "1.5"], "--val_fraction=1.5"),
         (["--name", "../up"], "--name=../up"),
@@ -196,44 +194,6 @@ def test_full_disk_leaves_no_dataset(tmp_path, monkeypatch):
 
 
 # -- downloads -----------------------------------------------------------------------------------------------
-
-CONTENT = bytes(range(256)) * 4000
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT with ranges, and breaks off half-way while there are breaks left."""
-
-    breaks, requests = 0, []
-
-    def do_GET(self):
-        type(self).requests.append((self.path, self.headers.get("Range")))
-        if "missing" in self.path:
-            return self.send_error(404)
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        if start >= len(CONTENT):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
-            return self.end_headers()
-        body = CONTENT[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if type(self).breaks:
-            type(self).breaks -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server():
-    Server.breaks, Server.requests = 0, []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
 
 
 @pytest.fixture

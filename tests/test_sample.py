@@ -32,6 +32,7 @@ def test_standard_output_is_the_generated_text_alone(trained, workdir):
 
 def test_seeds_files_and_several_samples(trained, workdir):
     (workdir / "prompt.txt").write_text("The for statement")
+    assert len(sampled(workdir, "--start=")) == 61  # no prompt at all
     one = sampled(workdir, "--start=The for statement")
     assert (
         one
@@ -88,6 +89,9 @@ def test_no_id_outside_the_tokenizer(trained, workdir):
     [
         (["--out_dir=out/none"], ["out/none/best.pt"]),
         (["--init_from=prompt.txt"], ["prompt.txt", "damaged"]),
+        (["--init_from=out/trained"], ["out/trained/best.pt"]),
+        (["--device=meta"], ["device=meta"]),
+        (["--seed=99999999999999999999"], ["seed"]),
         (["--start=10 €"], ["'€'", "--start"]),
         (["--start=FILE:gone.txt"], ["gone.txt"]),
         (["--temperature=-1"], ["temperature"]),

@@ -225,6 +225,20 @@ def test_evaluation_alone_writes_nothing(trained, workdir):
     assert {p.name: p.stat().st_mtime_ns for p in trained.iterdir()} == before
 
 
+def test_a_resumed_run_takes_what_is_given_now(trained, workdir):
+    """Optimizer settings, another precision, another batch: used, saved, and counted from there on."""
+    shutil.copytree(trained, workdir / "out" / "changed")
+    args = "--init_from=resume --out_dir=out/changed --max_iters=62 --weight_decay=0.5 --beta2=0.5"
+    run("train.py", *args.split(), "--batch_size=8", "--dtype=bfloat16", "--sample_prompt=", cwd=workdir)
+    checkpoint = torch.load(workdir / "out" / "changed" / "ckpt.pt", weights_only=True)
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and groups[0]["betas"][1] == 0.5
+    assert checkpoint["config"]["dtype"] == "bfloat16" and checkpoint["config"]["n_layer"] == 2
+    assert checkpoint["tokens"] == 60 * 4 * 32 + 2 * 8 * 32
+    args = "--init_from=resume --out_dir=out/changed --eval_only=True --max_iters=9 --sample_prompt="
+    assert "step 62: train loss" in run("train.py", *args.split(), cwd=workdir).stdout
+
+
 def test_epochs_settle_the_steps(workdir):
     (workdir / "small.txt").write_text("to be or not to be " * 40)
     run("prepare.py", "small.txt", cwd=workdir)
@@ -264,8 +278,9 @@ def test_full_disk_keeps_the_old_checkpoint_and_trains_on(workdir):
     args = [*TINY, "--max_iters=20", "--out_dir=out/full"]
     (workdir / "out" / "full").mkdir(parents=True)
     (workdir / "out" / "full" / "best.pt").write_bytes(b"old")
-    done = run("-c", script, *args, cwd=workdir)
+    done = run("-c", script, *args, cwd=workdir, check=False)
     assert "best.pt not written, what was there stays" in done.stderr and "step 20:" in done.stdout
+    assert done.returncode == 1 and "the end of the run is lost" in done.stderr.splitlines()[-1]
     assert (workdir / "out" / "full" / "best.pt").read_bytes() == b"old"
     assert not list((workdir / "out" / "full").glob("*.partial"))
 
@@ -296,6 +311,7 @@ def test_mistakes_end_in_one_line(trained, workdir):
         "short": lambda folder: (folder / "train.bin").write_bytes(
             (folder / "train.bin").read_bytes()[:-2000]
         ),
+        "torn": lambda folder: (folder / "meta.json").write_text('{"tokenizer": 1'),
         "wild": lambda folder: np.full(46505, 999, dtype="<u2").tofile(folder / "val.bin"),
     }.items():
         shutil.copytree(data / "pydocs", data / name)
@@ -327,6 +343,12 @@ def test_mistakes_end_in_one_line(trained, workdir):
         (["out/broken/ckpt.pt", "damaged"], "--init_from=resume", "--out_dir=out/broken"),
         (["no run to resume"], "--init_from=resume", "--out_dir=out/weights"),
         (["nowhere.pt"], "--init_from=nowhere.pt"),
+        (["max_epochs=2", "--max_epochs=None"], "--max_iters=3", "--max_epochs=2"),
+        (["stride", "data_order"], "--stride=3"),
+        (["beta2", "less than 1"], "--beta2=1.5"),
+        (["learning_rate", "at least 0"], "--learning_rate=-1"),
+        (["out/trained/best.pt"], "--init_from=out/trained"),
+        (["data/torn/meta.json", "damaged"], "--dataset=torn"),
         (["optimiser", "unknown setting"], "--optimiser=adam"),
         (["cannot write", "other.txt"], "--out_dir=other.txt"),
     ):
