@@ -68,11 +68,32 @@ def value_or(value, default):
     return default if value is None else value
 
 
+class KVCache:
+    """Keys and values of the tokens that each block has seen: only the next token is left to compute.
+
+    size: how many tokens it can hold; length: how many it holds. The first tokens allocate its memory, once.
+    """
+
+    def __init__(self, n_layer: int, size: int):
+        self.layers: list[torch.Tensor | None] = [None] * n_layer  # each (2, B, H, size, D)
+        self.size, self.length = size, 0
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new keys and values (B, H, T, D); return those of all tokens, (B, H, length + T, D)."""
+        if self.layers[layer] is None:
+            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.size(-1))
+        kv, end = self.layers[layer], self.length + k.size(2)
+        kv[0, :, :, self.length : end] = k
+        kv[1, :, :, self.length : end] = v
+        return kv[0, :, :, :end], kv[1, :, :, :end]
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention to oneself and the past (Vaswani et al. 2017, section 3.2)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
+        self.layer = layer
         self.n_head = config.n_head
         self.flash = config.flash
         self.dropout = value_or(config.attn_dropout, config.dropout)
@@ -81,18 +102,21 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B, T, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if cache:  # S tokens so far with these T, which are the last; without a cache S is T
+            k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
+        S = k.size(2)
         dropout = self.dropout if self.training else 0.0
-        if self.flash:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, D)
+        if self.flash and (S == T or T == 1):  # one token may look at all there are
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=S == T)  # (B, H, T, D)
         else:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
             weights = F.softmax(scores.masked_fill(future, -math.inf), dim=-1)
-            y = F.dropout(weights, dropout) @ v  # (B, H, T, T) @ (B, H, T, D) -> (B, H, T, D)
+            y = F.dropout(weights, dropout) @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -116,15 +140,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each with its LayerNorm before it and a shortcut around it (GPT-2's pre-norm)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -142,7 +166,7 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(value_or(config.embd_dropout, config.dropout)),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
@@ -159,22 +183,30 @@ class GPT(nn.Module):
                     nn.init.zeros_(p)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None, all_logits: bool = False
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        all_logits: bool = False,
+        cache: KVCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the next token, and the loss where targets are given.
 
-        idx: (B, T) int64 token IDs; targets: (B, T) int64, positions of -1 are ignored
+        idx: (B, T) int64 token IDs; targets: (B, T) int64, positions of -1 are ignored; cache: holds the
+        tokens before idx, and then idx as well
         Returns logits (B, T, V) with targets or all_logits, else (B, 1, V) of the last position; and the mean
         cross-entropy in nats, or None. Raises ValueError where T exceeds block_size.
         """
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
-        positions = torch.arange(T, device=idx.device)
+        start = cache.length if cache else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
+        positions = torch.arange(start, end, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, cache)
+        if cache:
+            cache.length = end
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x if all_logits else x[:, [-1]]), None
@@ -230,9 +262,17 @@ class GPT(nn.Module):
         if idx.size(1) == 0:
             raise ValueError("the prompt has no token to continue")
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        longest = self.config.block_size
+        cache = KVCache(self.config.n_layer, min(longest, idx.size(1) + max_new_tokens))
         for _ in range(max_new_tokens):
-            idx = idx[:, -self.config.block_size :]
-            logits = self(idx)[0][:, -1, :vocab_size]  # (B, V)
+            if idx.size(1) <= longest:
+                logits = self(idx[:, cache.length :], cache=cache)[
+                    0
+                ]  # the prompt at once, then token by token
+            else:  # the window slides, and with it the position of each token: no key or value is the same
+                idx = idx[:, -longest:]
+                logits = self(idx)[0]
+            logits = logits[:, -1, :vocab_size]  # (B, V)
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:

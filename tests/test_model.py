@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from model import GPT, GPTConfig, load_checkpoint, next_token_probs
+from model import GPT, GPTConfig, KVCache, load_checkpoint, next_token_probs
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32)
 
@@ -207,6 +207,37 @@ def test_greedy_takes_the_likeliest_and_the_last_block_size_tokens():
         expected = torch.cat((expected, model(expected[:, -16:])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(model.generate(idx, 20, temperature=0), expected)
     assert torch.equal(torch.cat(list(model.generate_stream(idx, 20, 0)), dim=1), expected[:, 10:])
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("n_layer", [0, 3])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_cached_logits_equal_uncached_at_every_position(flash, n_layer, batch_size):
+    """A prompt of every length at once, then token by token, and, once, three at a time."""
+    model, idx = small(flash=flash, n_layer=n_layer), tokens(batch_size, 16)
+    expected = model(idx, all_logits=True)[0]
+    for prompt, step in [(length, 1) for length in range(1, 17)] + [(4, 3)]:
+        cache = KVCache(n_layer, 16)
+        cached = [model(idx[:, :prompt], all_logits=True, cache=cache)[0]]
+        for t in range(prompt, 16, step):
+            cached.append(model(idx[:, t : t + step], all_logits=True, cache=cache)[0])
+        assert cache.length == 16
+        torch.testing.assert_close(torch.cat(cached, dim=1), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="17 tokens"):
+        model(idx[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("batch_size, prompt", [(1, 1), (1, 15), (8, 7), (8, 16), (2, 20)])
+def test_sampled_tokens_equal_those_without_a_cache(flash, batch_size, prompt):
+    """With the same generator, and past block_size, where the window slides."""
+    model, idx = small(flash=flash), tokens(batch_size, prompt)
+    generated = model.generate(idx, 30, 0.9, 20, generator=torch.Generator().manual_seed(3))
+    expected, generator = idx, torch.Generator().manual_seed(3)
+    for _ in range(30):
+        probs = next_token_probs(model(expected[:, -16:])[0][:, -1], 0.9, 20)
+        expected = torch.cat((expected, torch.multinomial(probs, 1, generator=generator)), dim=1)
+    assert torch.equal(generated, expected)
 
 
 def test_same_generator_same_tokens():
