@@ -10,6 +10,7 @@ Downloads go through download() alone, and first to PLAINGPT_MIRROR where that i
 """
 
 import argparse
+import difflib
 import hashlib
 import json
 import os
@@ -140,8 +141,8 @@ def fetch(url: str, part: Path) -> None:
         failures += 1
         if failures == 4:
             raise DataError(
-                f"cannot download {url} ({reason}); without a network, set PLAINGPT_MIRROR to a folder that "
-                f"holds <host>/<path> of it, or take the embedded corpus: python prepare.py pydocs"
+                f"cannot download {url} ({reason}); without a network, put it as <host>/<path> into the folder that "
+                f"PLAINGPT_MIRROR names, or take the embedded corpus: python prepare.py pydocs"
             )
         time.sleep(2 ** (failures - 1))
 
@@ -332,7 +333,7 @@ def write_dataset(
 ) -> dict[str, Any]:
     """Tokenize documents into data/<name>/, whole or absent at any time; returns what meta.json holds."""
     if not any(text.strip() for text in texts):
-        raise DataError(f"{name}: there is no text in it")
+        raise DataError(f"there is no text to make data/{name} of")
     tokenizer = {
         "char": CharTokenizer.from_texts,
         "word": WordTokenizer.from_texts,
@@ -366,7 +367,8 @@ def new_folder(name: str, files: set[str]) -> Iterator[Path]:
     files: what data/<name>/ may hold to be replaced. Raises DataError where it holds more.
     """
     folder, new, old = Path("data", name), Path("data", f".{name}.new"), Path("data", f".{name}.old")
-    if folder.exists() and not {path.name for path in folder.iterdir()} <= files:
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if there and not {"meta.json"} <= there <= files:
         raise DataError(f"{folder} holds files that prepare.py did not write; choose another --name")
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)  # what a killed run left
@@ -492,6 +494,8 @@ def main() -> None:
         if not 0 < args.val_fraction < 1:
             raise DataError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
         name = args.name or re.sub(r"[^\w.-]+", "_", Path(args.what[0]).resolve().stem).lstrip(".")
+        if name in names and args.what != [name] and Path(args.what[0]).exists():
+            raise DataError(f"{name} is the name of a corpus; choose another --name for your own text")
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise DataError(f"--name={name} is no folder name: letters, digits, '_', '-' and '.' only")
         sizes = {name: name for name in GPT2_SIZES} | {size: name for name, size in GPT2_SIZES.items()}
@@ -514,7 +518,12 @@ def main() -> None:
                 if path in names and len(args.what) > 1:
                     raise DataError(f"one corpus at a time: python prepare.py {path}")
                 if not Path(path).exists():
-                    raise DataError(f"{path} is neither a file nor a folder nor one of {', '.join(names)}")
+                    near = "".join(
+                        f"; did you mean {n}?" for n in difflib.get_close_matches(path, names, n=1)
+                    )
+                    raise DataError(
+                        f"{path} is neither a file nor a folder nor one of {', '.join(names)}{near}"
+                    )
             texts, sources = read_texts(args.what)
         meta = write_dataset(name, texts, sources, args.tokenizer or kind, args.val_fraction)
         print(

@@ -10,11 +10,9 @@ from typing import Literal
 from configurator import configure
 
 out_dir = "out"  # a run of train.py
-init_from = (
-    "resume"  # resume (out_dir's best.pt, else its ckpt.pt), gpt2 and its sizes, or a checkpoint's path
-)
-start = "\n"  # the prompt, or FILE:path of one
-num_samples = 1  # how many, one after the other
+init_from = "resume"  # resume (out_dir's best.pt, else ckpt.pt), gpt2 and its sizes, or a checkpoint
+start = "\n"  # the prompt; FILE:path, the text of a file; -, each line of standard input
+num_samples = 1  # how many of a prompt, generated together
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # below 1 more of what is likely, above 1 more variety; 0: always the likeliest token
 top_k: int | None = 200  # choose among so many likeliest tokens; None: all
@@ -32,6 +30,7 @@ if __name__ == "__main__":
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,9 +81,53 @@ def find_meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {"tokenizer": {"type": "gpt2"}}
 
 
+def prompts() -> Iterator[str]:
+    """The one that start is, that of a file, or, for "-", each line of standard input."""
+    if start == "-":
+        while True:
+            print("> " if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                return
+            yield line.rstrip("\n")
+    yield Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompt: str, generator: torch.Generator) -> None:
+    """Print num_samples continuations of a prompt, made as one batch, the first as it comes; or DataError."""
+    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
+    if len(ids) > (longest := model.config.block_size):
+        print(f"the prompt is cropped to its last {longest} of {len(ids)} tokens", file=sys.stderr)
+        ids = ids[-longest:]
+    idx = torch.tensor([ids] * num_samples, device=generator.device)
+    options = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
+    rows: list[list[int]] = [[] for _ in range(num_samples)]
+
+    def first_row() -> Iterator[int]:
+        for tokens in model.generate_stream(idx, max_new_tokens, *options):
+            for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
+                row.append(token)
+            yield rows[0][-1]
+
+    started = time.perf_counter()
+    print(prompt, end="", file=sys.stderr, flush=True)
+    stream = first_row()
+    for text in text_stream(tokenizer, stream, ids, stop):
+        print(text, end="", flush=True)
+    print(flush=True)
+    if num_samples > 1:
+        for _ in stream:  # the others may go on where the first has ended
+            pass
+    seconds = time.perf_counter() - started
+    for row in rows[1:]:
+        print(f"---\n{prompt}", end="", file=sys.stderr, flush=True)
+        print("".join(text_stream(tokenizer, row, ids, stop)), flush=True)
+    count = sum(map(len, rows))
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
+
+
 def main() -> None:
-    for name in ("num_samples", "max_new_tokens", "temperature", "seed"):
-        if not 0 <= globals()[name] < 2**63:
+    for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
+        if not least <= globals()[name] < 2**63:
             sys.exit(f"sample.py: {name} cannot be {globals()[name]}")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         sys.exit("sample.py: top_k must be at least 1, and top_p above 0 and at most 1")
@@ -94,6 +137,8 @@ def main() -> None:
         if init_from == "resume":
             best, latest = Path(out_dir, "best.pt"), Path(out_dir, "ckpt.pt")
             path = str(latest if latest.exists() and not best.exists() else best)
+            if not Path(path).exists():
+                raise ValueError(f"there is no {path}; train a run first, or name one by --out_dir")
         checkpoint = load_checkpoint(path)
         model = GPT.from_state(checkpoint)
         tokenizer = load_tokenizer(find_meta(checkpoint))
@@ -101,30 +146,25 @@ def main() -> None:
             raise ValueError(
                 f"the model's vocabulary of {model.config.vocab_size} is not that of its tokenizer"
             )
-        prompt = Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
-    try:
-        ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
-    except DataError as error:
-        sys.exit(f"sample.py: {error}; choose another --start")
-    if len(ids) > (longest := model.config.block_size):
-        print(f"the prompt is cropped to its last {longest} of {len(ids)} tokens", file=sys.stderr)
-        ids = ids[-longest:]
     model.eval().to(use_device, getattr(torch, use_dtype))
     if compile is True:
         model.compile(dynamic=True)
     generator = torch.Generator(use_device).manual_seed(seed)
-    idx = torch.tensor([ids], device=use_device)
-    options = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    for i in range(num_samples):
-        heading = f"--- {i + 1} of {num_samples}: " if num_samples > 1 else ""
-        print(heading + prompt, end="", file=sys.stderr, flush=True)
-        tokens = (token.item() for token in model.generate_stream(idx, max_new_tokens, *options))
-        for text in text_stream(tokenizer, tokens, ids, stop):
-            print(text, end="", flush=True)
-        print()
+    try:
+        for prompt in prompts():
+            try:
+                complete(model, tokenizer, prompt, generator)
+            except DataError as error:
+                if start != "-":
+                    sys.exit(f"sample.py: {error}; choose another --start")
+                print(error, file=sys.stderr)
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        sys.exit(f"sample.py: cannot read the prompt: {error}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def load_dataset(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """The token IDs of data/<name>/train.bin and val.bin, memory-mapped, and meta.json. Raises ValueError."""
     folder = Path("data", name)
     if not (folder / "train.bin").is_file():
-        raise ValueError(f"{folder} is not prepared; run: python prepare.py {name}")
+        others = sorted(path.parent.name for path in Path("data").glob("[!.]*/train.bin"))
+        hint = f" (data/ has {', '.join(others)})" if others else ""
+        raise ValueError(f"{folder} is not prepared; run: python prepare.py {name}{hint}")
     if (folder / "meta.json").is_file():
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -326,9 +328,8 @@ def main(given: dict[str, Any]) -> None:
     if (run / "ckpt.pt").exists() and not resume and not eval_only:
         fail(f"{run} holds a run: go on with --init_from=resume, or choose another --out_dir, or delete it")
     if checkpoint and checkpoint.get("meta", meta)["tokenizer"] != meta["tokenizer"]:
-        fail(
-            f"the checkpoint's data/{checkpoint['meta']['dataset']} has another tokenizer than data/{dataset}"
-        )
+        theirs = checkpoint["meta"].get("dataset")
+        fail(f"data/{dataset} has another tokenizer than the checkpoint's dataset; use --dataset={theirs}")
     config = {name: globals()[name] for name in read_settings(globals())}
 
     # machine
@@ -339,6 +340,8 @@ def main(given: dict[str, Any]) -> None:
             if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
                 fail(f"{use_device} is not there: start no more processes than {torch.cuda.device_count()}")
             torch.cuda.set_device(use_device)
+        elif device_type == "mps":
+            fail("several processes need CUDA or the CPU, not mps; use --device=cpu, or start one alone")
         elif backend == "nccl":
             fail(f"backend=nccl needs CUDA GPUs, the device is {use_device}; use --backend=gloo")
         # tensors on a GPU go by nccl, the few numbers on the CPU by gloo
@@ -389,7 +392,7 @@ def main(given: dict[str, Any]) -> None:
     window_stride = (stride or block_size) if data_order == "epoch" else None
     for name, data in ((f"data/{dataset}/train.bin", train_data), (f"data/{dataset}/val.bin", val_data)):
         if len(data) <= block_size:
-            fail(f"{name} has {len(data)} tokens; block_size={block_size} needs {block_size + 1} at least")
+            fail(f"{name} has {len(data)} tokens, too few for {block_size=}: prepare more text, or lower it")
         if rank == 0 and data.max() >= model.config.vocab_size:
             fail(f"{name} has the ID {data.max()}, but the model's vocabulary is {model.config.vocab_size}")
     steps_per_epoch = count_windows(len(train_data), block_size, window_stride or block_size) // rows
@@ -468,6 +471,8 @@ def main(given: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, on_signal)
 
     say(f"{model.num_params():,} parameters on {use_device}, {use_dtype}; {tokens_per_step:,} tokens a step")
+    if step >= last_step and not eval_only:
+        say(f"the run is at step {step} already; to go on, raise max_iters")
     logged_step, logged_seconds, stopping, saved = step, seconds, False, True
     while True:
         if step % eval_interval == 0 or step >= last_step or eval_only:
@@ -548,8 +553,10 @@ def main(given: dict[str, Any]) -> None:
         arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")] + [
             "--init_from=resume"
         ]
-        launch = "python" if world_size == 1 else "torchrun ..."
-        say(f"stopped after {step} steps, saved; go on with: {launch} train.py {shlex.join(arguments)}")
+        command = f"python train.py {shlex.join(arguments)}"
+        if world_size > 1:
+            command = "the same torchrun command and --init_from=resume"
+        say(f"stopped after {step} steps, saved; go on with: {command}")
     if world_size > 1:
         del (
             parallel

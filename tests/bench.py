@@ -1,12 +1,14 @@
 """Measurements, not tests: run by hand, on an otherwise idle machine.
 
     python tests/bench.py train config/train_shakespeare_char_cpu.py --peer=../nanoGPT --steps=300 --rounds=4
+    python tests/bench.py sample --peer=../nanoGPT --dtype=float32
 
 Rounds alternate ours and the peer, so that a machine that drifts slows both; medians, ranges and ratios are
 printed, and a line of JSON. The dataset must be prepared here.
 """
 
 import argparse
+import importlib.util
 import json
 import pickle
 import platform
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -102,6 +105,65 @@ def bench_train(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def generators(args: argparse.Namespace) -> dict:
+    """{name: generate(idx, n)} of random GPT-2 124M models, ours and others."""
+    import torch
+    import transformers
+
+    from model import GPT, GPTConfig
+
+    dtype = getattr(torch, args.dtype)
+    ours = GPT(GPTConfig(vocab_size=50257)).eval().to(args.device, dtype)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(args.device, dtype)
+    theirs.generation_config.eos_token_id = None
+
+    def transformers_generate(idx, n):
+        mask = torch.ones_like(idx)
+        theirs.generate(idx, max_new_tokens=n, do_sample=True, top_k=200, attention_mask=mask, pad_token_id=0)
+
+    models = {
+        "plainGPT": lambda idx, n: ours.generate(idx, n, top_k=200, vocab_size=50257),
+        "transformers": transformers_generate,
+    }
+    if args.peer:
+        spec = importlib.util.spec_from_file_location("nanogpt", Path(args.peer, "model.py"))
+        nanogpt = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
+        peer = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=50257)).eval().to(args.device, dtype)
+        models["nanoGPT"] = lambda idx, n: peer.generate(idx, n, top_k=200)
+    return models
+
+
+def bench_sample(args: argparse.Namespace) -> None:
+    import torch
+
+    def seconds(generate, idx, n):
+        started = time.perf_counter()
+        generate(idx, n)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    models, results = generators(args), []
+    print(f"{'':14} {'batch':>6} {'context':>8} {'first token, s':>15} {'tokens/s a sequence':>20}")
+    for batch in (1, 8):
+        for context in (8, 256, 900):
+            idx = torch.randint(50257, (batch, context), device=args.device)
+            first, speed = {}, {}
+            for _ in range(args.rounds):
+                for name, generate in models.items():
+                    n = 4 if name == "nanoGPT" else args.tokens  # it computes the whole context for each
+                    one = seconds(generate, idx, 1)
+                    more = seconds(generate, idx, 1 + n)
+                    first.setdefault(name, []).append(one)
+                    speed.setdefault(name, []).append(n / (more - one))
+            for name in models:
+                row = [statistics.median(first[name]), statistics.median(speed[name])]
+                print(f"{name:14} {batch:6} {context:8} {row[0]:15.3f} {row[1]:20.1f}")
+                results.append([name, batch, context, *row])
+    print(json.dumps({"bench": "sample", "dtype": args.dtype, "device": args.device, "results": results}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
@@ -112,6 +174,13 @@ def main() -> None:
     train.add_argument("--rounds", type=int, default=4)
     train.add_argument("--device", default="cpu")
     train.set_defaults(run=bench_train)
+    sample = commands.add_parser("sample", help="tokens a second of a random GPT-2 124M")
+    sample.add_argument("--peer", help="a checkout of nanoGPT to run beside ours, in turns")
+    sample.add_argument("--tokens", type=int, default=32)
+    sample.add_argument("--rounds", type=int, default=3)
+    sample.add_argument("--device", default="cpu")
+    sample.add_argument("--dtype", default="float32")
+    sample.set_defaults(run=bench_sample)
     args = parser.parse_args()
     args.run(args)
 

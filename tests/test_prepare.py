@@ -157,14 +157,21 @@ def test_mistakes_end_in_one_line(tmp_path):
         "".join(map(chr, range(0xE000, 0xF8FF))) + "".join(map(chr, range(0x10000, 0x20000)))
     )
     (tmp_path / "bare").mkdir()
+    (tmp_path / "verdict.txt").write_text("my own verdict " * 10)
+    (tmp_path / "foreign.txt").write_text("of another program " * 10)
+    (tmp_path / "data" / "foreign").mkdir(parents=True)
+    (tmp_path / "data" / "foreign" / "train.bin").write_bytes(b"precious")
     (tmp_path / "data" / "mine").mkdir(parents=True)
     (tmp_path / "data" / "mine" / "input.txt").write_text("precious " * 10)
     for words, *args in (
         (["latin.txt", "byte 3", "0xe9"], "latin.txt"),
-        (["no text"], "empty.txt"),
+        (["no text", "data/empty"], "empty.txt"),
         (["train.bin", "more text"], "tiny.txt"),
         (["65536", "--tokenizer=gpt2"], "wide.txt"),
         (["nowhere", "shakespeare_char"], "nowhere"),
+        (["did you mean shakespeare_char?"], "shakespeare_cahr"),
+        (["name of a corpus", "--name"], "verdict.txt"),
+        (["did not write", "--name"], "foreign.txt"),
         (["one corpus at a time"], "verdict", "pydocs"),
         (["no text file"], "bare"),
         (["--val_fraction", "1.5"], "--val_fraction=1.5"),
@@ -174,7 +181,7 @@ def test_mistakes_end_in_one_line(tmp_path):
         line = refused("prepare.py", *args, cwd=tmp_path)
         assert all(word in line for word in words), line
     assert (tmp_path / "data" / "mine" / "input.txt").exists()
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["mine"]
+    assert {p.name for p in (tmp_path / "data").iterdir()} == {"mine", "foreign"}
 
 
 def test_full_disk_leaves_no_dataset(tmp_path, monkeypatch):

@@ -27,7 +27,8 @@ def test_standard_output_is_the_generated_text_alone(trained, workdir):
     expected = model.generate(torch.tensor([prompt]), 60, temperature=0)[0, len(prompt) :].tolist()
     done = run("sample.py", *ARGS, "--start=The for statement", "--temperature=0", cwd=workdir)
     assert done.stdout == tokenizer.decode(expected) + "\n"
-    assert done.stderr == "The for statement"  # read together on a terminal, prompt and text are one
+    assert done.stderr.startswith("The for statement")  # on a terminal, prompt and text are read as one
+    assert done.stderr.splitlines()[-1].endswith("tokens/s")
 
 
 def test_seeds_files_and_several_samples(trained, workdir):
@@ -39,9 +40,24 @@ def test_seeds_files_and_several_samples(trained, workdir):
         == sampled(workdir, "--start=FILE:prompt.txt")
         != sampled(workdir, "--start=FILE:prompt.txt", "--seed=2")
     )
-    two = sampled(workdir, "--start=The for statement", "--num_samples=2")
-    assert two.startswith(one) and len(two) == 2 * 61 and two[61:] != one
+    two = sampled(workdir, "--num_samples=2")
+    assert len(two) == 2 * 61 and two[:61] != two[61:]
+    two = sampled(workdir, "--start=The for statement", "--num_samples=2", "--temperature=0")
+    assert two == 2 * sampled(workdir, "--start=The for statement", "--temperature=0")
     assert sampled(workdir, "--init_from=out/trained/ckpt.pt") == sampled(workdir)  # best is the latest here
+
+
+def test_prompts_by_line(trained, workdir):
+    """A line that the model cannot read is said, and the next one is answered."""
+    done = subprocess.run(
+        [sys.executable, REPO / "sample.py", *ARGS, "--start=-", "--temperature=0"],
+        cwd=workdir,
+        input="The for statement\n10 €\nThe for statement\n",
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0 and "'€'" in done.stderr
+    assert done.stdout == 2 * sampled(workdir, "--temperature=0", "--start=The for statement")
 
 
 def test_a_long_prompt_is_cropped_and_said(trained, workdir):
@@ -95,6 +111,7 @@ def test_no_id_outside_the_tokenizer(trained, workdir):
         (["--start=10 €"], ["'€'", "--start"]),
         (["--start=FILE:gone.txt"], ["gone.txt"]),
         (["--temperature=-1"], ["temperature"]),
+        (["--num_samples=0"], ["num_samples"]),
         (["--top_k=0"], ["top_k"]),
         (["--top_p=1.5"], ["top_p"]),
         (["--temprature=1"], ["did you mean temperature"]),

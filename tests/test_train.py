@@ -324,7 +324,7 @@ def test_mistakes_end_in_one_line(trained, workdir):
     shutil.copy(trained / "best.pt", workdir / "out" / "weights" / "ckpt.pt")
     files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     for words, *args in (
-        (["data/nothing", "python prepare.py nothing"], "--dataset=nothing"),
+        (["data/nothing", "python prepare.py nothing", "other, pydocs"], "--dataset=nothing"),
         (["n_head=5", "n_embd=32"], "--n_head=5"),
         (["data/cut/val.bin", "truncated"], "--dataset=cut"),
         (["data/short/train.bin", "truncated"], "--dataset=short"),
@@ -339,7 +339,11 @@ def test_mistakes_end_in_one_line(trained, workdir):
         (["out/none/ckpt.pt"], "--init_from=resume", "--out_dir=out/none"),
         (["n_layer=2", "n_layer=3"], "--init_from=resume", "--out_dir=out/trained", "--n_layer=3"),
         (["block_size=64", "block_size=32"], "--init_from=out/trained/ckpt.pt", "--block_size=64"),
-        (["tokenizer", "data/other"], "--init_from=out/trained/ckpt.pt", "--dataset=other"),
+        (
+            ["tokenizer", "data/other", "--dataset=pydocs"],
+            "--init_from=out/trained/ckpt.pt",
+            "--dataset=other",
+        ),
         (["out/broken/ckpt.pt", "damaged"], "--init_from=resume", "--out_dir=out/broken"),
         (["no run to resume"], "--init_from=resume", "--out_dir=out/weights"),
         (["nowhere.pt"], "--init_from=nowhere.pt"),
