@@ -31,6 +31,7 @@ def test_gpt_124m_as_published(reference):
     model = GPT(GPTConfig(**published["config"]))
     assert model.num_params() == published["parameters"]
     assert model.num_params() - model.lm_head.weight.numel() == published["parameters_without_output_layer"]
+    assert round(4 * model.num_params() / 2**20, 2) == published["megabytes_float32"]
     attention, mlp = model.transformer.h[0].attn, model.transformer.h[0].mlp
     assert sum(p.numel() for p in attention.parameters()) == published["parameters_one_attention"]
     assert sum(p.numel() for p in mlp.parameters()) == published["parameters_one_mlp"]
