@@ -125,7 +125,7 @@ def same_run(a, b):
     )
 
 
-RESUMED = [*TINY, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=60"]
+RESUMED = [*TINY, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=150"]
 
 
 @pytest.mark.parametrize("order", ["random", "epoch"])
@@ -140,11 +140,11 @@ def test_a_killed_run_resumes_to_the_same_bits(workdir, order):
         for line in process.stdout:
             if line.startswith(b"iter 27:"):
                 process.kill()
-    shutil.copy(killed / "metrics.jsonl", killed / "before.jsonl")
+    step = torch.load(killed / "ckpt.pt", weights_only=True)["step"]
     with open(killed / "metrics.jsonl", "a") as file:
         file.write('{"step": 28, "lo')  # a line that the kill cut
     done = run("train.py", "--init_from=resume", f"--out_dir={killed}", cwd=workdir)
-    assert "iter 20:" in done.stdout and "iter 19:" not in done.stdout
+    assert 20 <= step < 150 and f"iter {step}:" in done.stdout and f"iter {step - 1}:" not in done.stdout
     assert same_run(workdir / "out" / f"whole_{order}", killed)
 
 
@@ -161,7 +161,7 @@ def test_a_signal_saves_and_says_how_to_go_on(workdir, number):
                 process.send_signal(number)
     assert process.returncode == 0
     step = torch.load(workdir / folder / "ckpt.pt", weights_only=True)["step"]
-    assert 8 <= step < 20 and f"stopped after {step} steps" in said.splitlines()[-1]
+    assert 8 <= step < 150 and f"stopped after {step} steps" in said.splitlines()[-1]
     resume = said.splitlines()[-1].split("python train.py ")[1].split()
     run("train.py", *resume, cwd=workdir)
     run("train.py", *RESUMED, f"--out_dir={folder}_whole", cwd=workdir)
