@@ -313,9 +313,8 @@ class GPT(nn.Module):
         try:
             config = GPTConfig(**(checkpoint["model_args"] | changes))
             if config.block_size < checkpoint["model_args"]["block_size"]:
-                weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][
-                    : config.block_size
-                ].clone()
+                wpe = weights["transformer.wpe.weight"]
+                weights["transformer.wpe.weight"] = wpe[: config.block_size].clone()
             with torch.device("meta"):  # no memory, no random numbers
                 model = cls(config)
             model.load_state_dict(weights, assign=True)
@@ -390,16 +389,14 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except (
-        Exception
-    ):  # a damaged zip or a forbidden pickle raises all sorts; torch's advice is to trust the file
+    except Exception:
+        # a damaged zip or a forbidden pickle raises all sorts; torch's own advice is to trust the file
         raise ValueError(f"{path} is damaged, or holds other things than tensors and plain data") from None
     parts = [checkpoint.get(key) for key in ("model", "model_args")] if isinstance(checkpoint, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is no GPT checkpoint: it lacks model or model_args")
-    if (
-        "iter_num" in checkpoint
-    ):  # nanoGPT's, whose GELU is exact, and compiled perhaps, with masks as buffers
+    if "iter_num" in checkpoint:
+        # nanoGPT's, whose GELU is exact; compiled perhaps, and with masks as buffers
         weights = {name.removeprefix("_orig_mod."): t for name, t in checkpoint["model"].items()}
         checkpoint["model"] = {name: t for name, t in weights.items() if not name.endswith(".attn.bias")}
         checkpoint["model_args"].setdefault("activation", "gelu_erf")

@@ -291,12 +291,13 @@ def read_texts(paths: list[str]) -> tuple[list[str], list[dict[str, str]]]:
     texts, sources = [], []
     for path in files:
         try:
-            texts.append(path.read_bytes().decode("utf-8-sig"))
+            content = path.read_bytes()
+            texts.append(content.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
             ) from None
-        sources.append({"path": str(path), "sha256": file_sha256(path)})
+        sources.append({"path": str(path), "sha256": hashlib.sha256(content).hexdigest()})
     return texts, sources
 
 

@@ -321,6 +321,11 @@ def main(given: dict[str, Any]) -> None:
                 fail(f"{run}/ckpt.pt is no run to resume; take its weights by --init_from={run}/ckpt.pt")
             restore_settings(checkpoint, given)
         check_settings(given)
+        if world_size > 1 and device != "cpu" and torch.cuda.is_available():
+            gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if gpu >= gpus:
+                fail(f"cuda:{gpu} is not there: start no more processes than {gpus}")
+            torch.cuda.set_device(gpu)  # before the first tensor, or each process would hold memory of cuda:0
         use_device, use_dtype = pick_device(device, dtype)
         train_data, val_data, meta = load_dataset(dataset)
     except (OSError, ValueError) as error:
@@ -337,9 +342,6 @@ def main(given: dict[str, Any]) -> None:
     if world_size > 1:
         if device_type == "cuda":
             use_device = f"cuda:{os.environ['LOCAL_RANK']}"
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                fail(f"{use_device} is not there: start no more processes than {torch.cuda.device_count()}")
-            torch.cuda.set_device(use_device)
         elif device_type == "mps":
             fail("several processes need CUDA or the CPU, not mps; use --device=cpu, or start one alone")
         elif backend == "nccl":
@@ -437,6 +439,8 @@ def main(given: dict[str, Any]) -> None:
 
     def save(name: str) -> bool:
         """Write ckpt.pt, or best.pt, which goes without the optimizer; whether that went well."""
+        if not writes:
+            return True
         state = {
             "model": model.state_dict(),
             "model_args": asdict(model.config),
@@ -446,8 +450,7 @@ def main(given: dict[str, Any]) -> None:
         state |= {"step": step, "tokens": tokens, "seconds": seconds, "best_val_loss": best_val_loss}
         if name == "ckpt.pt":
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        write = functools.partial(write_atomically, run / name, lambda file: torch.save(state, file))
-        return not writes or written(run / name, write)
+        return written(run / name, lambda: write_atomically(run / name, lambda file: torch.save(state, file)))
 
     def sample() -> str:
         model.eval()

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, metrics, needs_mirror, refused, run
+from conftest import REPO, TINY, metrics, needs_mirror, refused, run, run_on_a_full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -270,15 +270,11 @@ def test_half_precision_compiled_and_constant(workdir):
 
 
 def test_full_disk_keeps_the_old_checkpoint_and_trains_on(workdir):
-    """A file-size limit of the process stands for the full disk: torch.save fails in the middle."""
-    script = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-    script += f"sys.path.insert(0, {str(REPO)!r}); sys.argv[0] = {str(REPO / 'train.py')!r};"
-    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    """torch.save fails in the middle."""
     args = [*TINY, "--max_iters=20", "--out_dir=out/full"]
     (workdir / "out" / "full").mkdir(parents=True)
     (workdir / "out" / "full" / "best.pt").write_bytes(b"old")
-    done = run("-c", script, *args, cwd=workdir, check=False)
+    done = run_on_a_full_disk(100_000, "train.py", *args, cwd=workdir)
     assert "best.pt not written, what was there stays" in done.stderr and "step 20:" in done.stdout
     assert done.returncode == 1 and "the end of the run is lost" in done.stderr.splitlines()[-1]
     assert (workdir / "out" / "full" / "best.pt").read_bytes() == b"old"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, Server, needs_mirror, refused, run
+from conftest import REPO, Server, needs_mirror, refused, run, run_on_a_full_disk
 
 import prepare
 from model import GPT, GPTConfig, load_checkpoint
@@ -191,11 +191,7 @@ def test_failures_leave_nothing_that_looks_complete(tf, tmp_path, server):
     assert done.returncode and "Traceback" not in done.stderr
     assert data.split("/")[-1] in done.stderr and not (tmp_path / "data" / "gpt2").exists()
     Server.files[data] = content
-    limited = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, 2 * ({len(content) + 1000},));"
-    limited += f"sys.path.insert(0, {str(REPO)!r}); sys.argv[0] = {str(REPO / 'prepare.py')!r};"
-    limited += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = run("-c", limited, "gpt2", cwd=tmp_path, check=False, env=offline)
+    done = run_on_a_full_disk(len(content) + 1000, "prepare.py", "gpt2", cwd=tmp_path, env=offline)
     assert done.returncode and "Traceback" not in done.stderr and not (tmp_path / "data" / "gpt2").exists()
     run("prepare.py", "gpt2", cwd=tmp_path, env=offline)
     assert [path.name for path in (tmp_path / "data").iterdir() if path.name != ".cache"] == ["gpt2"]
