@@ -10,7 +10,7 @@ Shapes in the comments: B batch, T time (tokens), C n_embd, H n_head, D head siz
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's; Hendrycks and Gimpel 2016, section 2
     "gelu_erf": F.gelu,  # the exact form
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
 }
 
 
@@ -42,9 +43,11 @@ class GPTConfig:
     qkv_bias: bool | None = None  # None follows bias
     tie_weights: bool = True  # the token embedding is the output layer too, as GPT-2
     activation: str = "gelu"
+    position: str = "learned"  # an embedding of each position, as GPT-2; "rope": queries and keys are rotated
+    qk_norm: bool = False  # queries and keys of unit root mean square
     flash: bool = True  # fused scaled_dot_product_attention; False: the same attention spelled out
     init: str = (
-        "gpt2"  # N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer); "torch": the layers' own
+        "gpt2"  # N(0, 0.02), residual projections / sqrt(2 n_layer); "zero": those 0; "torch": its own
     )
 
     def __post_init__(self):
@@ -58,34 +61,76 @@ class GPTConfig:
         for name in ("dropout", "embd_dropout", "attn_dropout", "resid_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
-        if self.init not in ("gpt2", "torch"):
-            raise ValueError(f"init={self.init!r} is neither gpt2 nor torch")
+        for name, choices in (
+            ("activation", list(ACTIVATIONS)),
+            ("position", ["learned", "rope"]),
+            ("init", ["gpt2", "zero", "torch"]),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
+        if self.position == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"position=rope needs an even n_embd / n_head, not {self.n_embd // self.n_head}")
 
 
 def value_or(value, default):
     return default if value is None else value
 
 
+class Linear(nn.Linear):
+    """nn.Linear, but for the few rows of generation in bfloat16 on a CPU, where weight @ x.T is faster."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // self.in_features
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or rows > 16 or torch.is_grad_enabled():
+            return super().forward(x)
+        y = self.weight @ x.reshape(rows, -1).T.squeeze(1)  # (out,) for one row, else (out, rows)
+        y = (y if rows == 1 else y.T.contiguous()).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class KVCache:
     """Keys and values of the tokens that each block has seen: only the next token is left to compute.
 
-    size: how many tokens it can hold; length: how many it holds. The first tokens allocate its memory, once.
+    size: how many tokens it can hold; length: how many it holds. static: attention runs over all size places,
+    the empty ones masked, so that no shape changes from token to token and the step compiles once.
     """
 
-    def __init__(self, n_layer: int, size: int):
+    def __init__(self, n_layer: int, size: int, static: bool = False):
         self.layers: list[torch.Tensor | None] = [None] * n_layer  # each (2, B, H, size, D)
-        self.size, self.length = size, 0
+        self.size, self.length, self.static = size, 0, static
+
+    def extend(self, positions: torch.Tensor) -> None:
+        """The tokens at positions (T,) come next: settle which of the first S places each may look at."""
+        start, self.length = self.length, self.length + len(positions)
+        self.prompt = start == 0  # nothing was there before: plain attention among the new tokens
+        self.positions, self.mask, self.shown = positions, None, self.size if self.static else self.length
+        if start > 0 and (self.static or len(positions) > 1):
+            places = torch.arange(self.shown, device=positions.device)
+            self.mask = places <= positions[:, None]  # (T, S)
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep new keys and values (B, H, T, D); return those of all tokens, (B, H, length + T, D)."""
+        """Keep keys and values (B, H, T, D) of the new tokens; return those to look at, (B, H, S, D)."""
         if self.layers[layer] is None:
-            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.size(-1))
-        kv, end = self.layers[layer], self.length + k.size(2)
-        kv[0, :, :, self.length : end] = k
-        kv[1, :, :, self.length : end] = v
-        return kv[0, :, :, :end], kv[1, :, :, :end]
+            self.layers[layer] = k.new_zeros(2, *k.shape[:2], self.size, k.size(-1))
+            if self.static:
+                torch._dynamo.mark_static_address(self.layers[layer], guard=False)  # for CUDA graphs
+        kv = self.layers[layer]
+        kv[0].index_copy_(2, self.positions, k)
+        kv[1].index_copy_(2, self.positions, v)
+        return (k, v) if self.prompt else kv[:, :, :, : self.shown].unbind()
+
+
+def rotary(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (T, size / 2) of the angles by which positions (T,) rotate pairs (Su et al. 2021)."""
+    frequencies = 10000 ** (-torch.arange(0, size, 2, device=positions.device) / size)
+    angles = positions[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + D / 2]) of x (B, H, T, D), so that q @ k knows how far apart they are."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -94,28 +139,37 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
-        self.flash = config.flash
+        self.n_head, self.qk_norm, self.flash = config.n_head, config.qk_norm, config.flash
         self.dropout = value_or(config.attn_dropout, config.dropout)
         # query, key and value of all heads in one matrix
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=value_or(config.qkv_bias, config.bias))
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=value_or(config.qkv_bias, config.bias))
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, ...] = (), cache: KVCache | None = None
+    ) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B, T, H, D)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        if cache:  # S tokens so far with these T, which are the last; without a cache S is T
-            k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
-        S = k.size(2)
+        if self.qk_norm:
+            q, k = (F.rms_norm(t, t.shape[-1:]).type_as(t) for t in (q, k))
+        if angles:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache:
+            k, v = cache.update(self.layer, k, v)  # (B, H, S, D): S tokens so far; without a cache S is T
+        mask = cache.mask if cache else None  # (T, S); None: at itself and all before
+        causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
-        if self.flash and (S == T or T == 1):  # one token may look at all there are
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=S == T)  # (B, H, T, D)
+        if self.flash:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)  # (B, H, T, D)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-            future = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(S - T + 1)
-            weights = F.softmax(scores.masked_fill(future, -math.inf), dim=-1)
+            if causal:
+                mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -math.inf)
+            weights = F.softmax(scores, dim=-1)
             y = F.dropout(weights, dropout) @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -126,15 +180,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(
-            self.c_proj(self.activation(self.c_fc(x)))
-        )  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -147,37 +200,42 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(
+        self, x: torch.Tensor, angles: tuple[torch.Tensor, ...] = (), cache: KVCache | None = None
+    ) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), angles, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     """A GPT-2-style language model (Radford et al. 2019). Parameters bear GPT-2's names."""
 
+    decode: Callable | None = None  # hidden, compiled, for the tokens after a prompt
     # fields of GPTConfig that may change under the same weights
     FREE_FIELDS = {"dropout", "embd_dropout", "attn_dropout", "resid_dropout", "flash", "init"}
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        learned = config.position == "learned"
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if learned else {}),
                 "drop": nn.Dropout(value_or(config.embd_dropout, config.dropout)),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        if config.init == "gpt2":
+        if config.init != "torch":
+            # 2 n_layer projections add up in the residual stream (Radford et al. 2019, section 2.3)
+            residual = 0.0 if config.init == "zero" else 1 / math.sqrt(2 * max(1, config.n_layer))
             for name, p in self.named_parameters():
                 if p.dim() == 2:
-                    # 2 n_layer projections add up in the residual stream (Radford et al. 2019, 2.3)
-                    scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                    scale = residual if name.endswith("c_proj.weight") else 1.0
                     nn.init.normal_(p, mean=0.0, std=0.02 * scale)
                 elif name.endswith("bias"):
                     nn.init.zeros_(p)
@@ -201,23 +259,45 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size={self.config.block_size}")
         positions = torch.arange(start, end, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x, cache)
         if cache:
-            cache.length = end
-        x = self.transformer.ln_f(x)
+            cache.extend(positions)
+        x = ((self.decode if start else None) or self.hidden)(idx, positions, cache)  # (B, T, C)
         if targets is None:
             return self.lm_head(x if all_logits else x[:, [-1]]), None
         logits = self.lm_head(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
+    def hidden(self, idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        """What the output layer reads of idx (B, T) at positions (T,): embeddings and blocks, (B, T, C)."""
+        x, angles = self.transformer.wte(idx), ()
+        if self.config.position == "rope":
+            angles = rotary(positions, self.config.n_embd // self.config.n_head)
+        else:
+            x = x + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, angles, cache)
+        return self.transformer.ln_f(x)
+
+    def optimize_for_generation(self, compile: bool = False) -> None:
+        """Make generation faster, once the model is where it stays; training would be slower.
+
+        compile: the step of one token by torch.compile, on a GPU as a CUDA graph; its first use takes long.
+        """
+        weight = self.lm_head.weight
+        if compile:
+            mode = "reduce-overhead" if weight.is_cuda else None
+            self.decode = torch.compile(self.hidden, mode=mode, dynamic=False)
+        elif weight.device.type == "cpu" and weight.dtype == torch.float32:
+            for module in self.modules():
+                if isinstance(module, Linear):  # input-major, as GPT-2's own files: few rows multiply faster
+                    module.weight.data = module.weight.data.T.contiguous().T
+
     def num_params(self, non_embedding: bool = False) -> int:
         """Count of parameters; non_embedding leaves out embeddings that are no output layer too."""
         count = sum(p.numel() for p in self.parameters())
         if non_embedding:
-            count -= self.transformer.wpe.weight.numel()
+            count -= self.transformer.wpe.weight.numel() if self.config.position == "learned" else 0
             count -= 0 if self.config.tie_weights else self.transformer.wte.weight.numel()
         return count
 
@@ -231,15 +311,31 @@ class GPT(nn.Module):
         return tokens_per_second * flops_per_token / peak_flops
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
-    ) -> torch.optim.Optimizer:
-        """AdamW, fused where torch has it, that decays matrices and embeddings, not biases and LayerNorm."""
+        self,
+        weight_decay: float,
+        learning_rate: float,
+        betas: tuple[float, float],
+        muon_learning_rate: float | None = None,
+    ) -> list[torch.optim.Optimizer]:
+        """AdamW, which decays matrices and embeddings, not biases and LayerNorms.
+
+        With muon_learning_rate, Muon (Jordan et al. 2024) takes the matrices of the blocks. Each group keeps
+        its peak as initial_lr.
+        """
         params = [p for p in self.parameters() if p.requires_grad]
+        hidden = {p for p in self.transformer.h.parameters() if p.dim() == 2} if muon_learning_rate else set()
         groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() >= 2 and p not in hidden], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+        fused = params[0].device.type in ("cuda", "cpu")
+        optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
+        if hidden:
+            hidden = [p for p in params if p in hidden]
+            optimizers.append(torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["initial_lr"] = group["lr"]
+        return optimizers
 
     @torch.no_grad()
     def generate_stream(
@@ -263,28 +359,28 @@ class GPT(nn.Module):
             raise ValueError("the prompt has no token to continue")
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         longest = self.config.block_size
-        cache = KVCache(self.config.n_layer, min(longest, idx.size(1) + max_new_tokens))
+        size = min(longest, idx.size(1) + max_new_tokens)
+        cache = KVCache(self.config.n_layer, size, static=self.decode is not None)
+        new = idx  # the prompt at once, then token by token
         for _ in range(max_new_tokens):
             if idx.size(1) <= longest:
-                logits = self(idx[:, cache.length :], cache=cache)[
-                    0
-                ]  # the prompt at once, then token by token
+                logits = self(new, cache=cache)[0]
             else:  # the window slides, and with it the position of each token: no key or value is the same
                 idx = idx[:, -longest:]
                 logits = self(idx)[0]
             logits = logits[:, -1, :vocab_size]  # (B, V)
             if temperature == 0:
-                token = logits.argmax(-1, keepdim=True)  # (B, 1)
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
-                probs = next_token_probs(logits, temperature, top_k, top_p)
-                token = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+                probs, ids = next_token_probs(logits, temperature, top_k, top_p)
+                new = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)
             if stop is not None:
-                token = token.masked_fill(ended, stop)
-                ended |= token == stop
-            yield token
+                new = new.masked_fill(ended, stop)
+                ended |= new == stop
+            yield new
             if stop is not None and ended.all():
                 return
-            idx = torch.cat((idx, token), dim=1)
+            idx = torch.cat((idx, new), dim=1)
 
     def generate(
         self, idx: torch.Tensor, max_new_tokens: int, *sampling: Any, **options: Any
@@ -312,7 +408,7 @@ class GPT(nn.Module):
         weights = dict(checkpoint["model"])
         try:
             config = GPTConfig(**(checkpoint["model_args"] | changes))
-            if config.block_size < checkpoint["model_args"]["block_size"]:
+            if config.position == "learned" and config.block_size < checkpoint["model_args"]["block_size"]:
                 wpe = weights["transformer.wpe.weight"]
                 weights["transformer.wpe.weight"] = wpe[: config.block_size].clone()
             with torch.device("meta"):  # no memory, no random numbers
@@ -333,9 +429,11 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
 
         c = self.config
-        for name in ("bias", "qkv_bias"):
-            if value_or(getattr(c, name), c.bias) is False:
-                raise ValueError(f"Hugging Face's GPT-2 cannot express {name}=False")
+        for name, gpt2s in (("bias", True), ("qkv_bias", True), ("position", "learned"), ("qk_norm", False)):
+            if value_or(getattr(c, name), c.bias) != gpt2s:
+                raise ValueError(f"Hugging Face's GPT-2 cannot express {name}={getattr(c, name)}")
+        if c.activation not in HF_ACTIVATIONS:
+            raise ValueError(f"Hugging Face's GPT-2 cannot express activation={c.activation}")
         settings = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size}
         settings |= {"n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd}
         settings |= {"n_layer": c.n_layer, "n_head": c.n_head, "tie_word_embeddings": c.tie_weights}
@@ -356,23 +454,25 @@ class GPT(nn.Module):
 
 def next_token_probs(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> torch.Tensor:
-    """Probabilities (B, V), float32, to sample the next token from logits (B, V).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities of the K tokens to choose among, (B, K) float32, and their IDs, from logits (B, V).
 
     In this order: logits divided by temperature (> 0); the top_k largest kept; of those, the fewest most
     probable tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman et al. 2019).
     """
     logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature  # no overflow, however cold
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_k is not None and top_k < logits.size(-1):
+        ids = logits.topk(top_k).indices.sort().values  # in the order of IDs, which rounding cannot change
+        logits = logits.gather(-1, ids)
+    else:
+        ids = torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
     probs = F.softmax(logits, dim=-1)
     if top_p is not None:
         ordered, order = probs.sort(descending=True, stable=True)
         tail = ordered.cumsum(-1) - ordered >= top_p  # the more probable ones have that mass already
         probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+    return probs, ids
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:

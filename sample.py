@@ -149,8 +149,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
     model.eval().to(use_device, getattr(torch, use_dtype))
-    if compile is True:
-        model.compile(dynamic=True)
+    model.optimize_for_generation(compile is True)
     generator = torch.Generator(use_device).manual_seed(seed)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:

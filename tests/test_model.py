@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, load_checkpoint, next_token_probs
+from model import GPT, GPTConfig, KVCache, load_checkpoint, next_token_probs, rotary, rotate
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32)
 
@@ -67,22 +67,28 @@ def test_sampling_as_published(reference):
     published = reference["sampling"]
     logits = torch.tensor([published["logits"]])
     torch.manual_seed(123)
-    draws = [torch.multinomial(next_token_probs(logits), 1).item() for _ in range(1000)]
+    draws = [torch.multinomial(next_token_probs(logits)[0], 1).item() for _ in range(1000)]
     counts = torch.bincount(torch.tensor(draws), minlength=9).tolist()
     assert counts == published["counts_of_1000_multinomial_draws_seed_123_temperature_1"]
-    top_3 = next_token_probs(logits, top_k=3)[0]
+    top_3 = torch.zeros(1, 9).scatter(1, *reversed(next_token_probs(logits, top_k=3)))[0]
     torch.testing.assert_close(top_3, torch.tensor(published["top_3_probabilities"]), atol=6e-5, rtol=0)
-    warm = next_token_probs(logits, temperature=5)[0, 6].item()
+    warm = next_token_probs(logits, temperature=5)[0][0, 6].item()
     assert warm == pytest.approx(published["temperature_5_probability_of_index_6"], abs=5e-4)
 
 
 # -- forward -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_erf", "relu"])
-@pytest.mark.parametrize("bias, qkv_bias", [(True, None), (True, False), (False, None)])
-def test_fused_attention_equals_the_spelled_out(activation, bias, qkv_bias):
-    changes = dict(activation=activation, bias=bias, qkv_bias=qkv_bias, tie_weights=False)
+MODERN = dict(activation="relu2", position="rope", qk_norm=True, bias=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation": activation} for activation in ("gelu", "gelu_erf", "relu", "relu2")]
+    + [{"bias": False}, {"qkv_bias": False}, {"position": "rope"}, {"qk_norm": True}, MODERN],
+)
+def test_fused_attention_equals_the_spelled_out(changes):
+    changes = {"tie_weights": False} | changes
     fused, plain = small(**changes), small(**changes, flash=False)
     idx = tokens(4, 17)
     for T in (1, 2, 15, 16):
@@ -168,6 +174,10 @@ def test_init_is_gpt2s():
         (block.mlp.c_proj.weight, 0.02 / 4),
     ):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
+    zero = small(init="zero").transformer.h[1]
+    assert (
+        not zero.attn.c_proj.weight.any() and not zero.mlp.c_proj.weight.any() and zero.mlp.c_fc.weight.any()
+    )
     assert block.mlp.c_fc.bias.abs().max() == 0 and (block.ln_1.weight == 1).all()
     assert model.lm_head.weight is model.transformer.wte.weight
 
@@ -182,6 +192,7 @@ def test_init_is_gpt2s():
         ({"attn_dropout": -0.1}, "attn_dropout"),
         ({"activation": "swish"}, "activation='swish' is none of gelu"),
         ({"init": "xavier"}, "init"),
+        ({"position": "rope", "n_head": 32}, "even n_embd / n_head"),
     ],
 )
 def test_impossible_architectures_are_refused(change, words):
@@ -211,14 +222,16 @@ def test_greedy_takes_the_likeliest_and_the_last_block_size_tokens():
 
 
 @pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("n_layer", [0, 3])
+@pytest.mark.parametrize("changes", [{}, {"n_layer": 0}, {"position": "rope"}, MODERN])
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_cached_logits_equal_uncached_at_every_position(flash, n_layer, batch_size):
+@pytest.mark.parametrize("static", [True, False])
+@torch.no_grad()
+def test_cached_logits_equal_uncached_at_every_position(flash, changes, batch_size, static):
     """A prompt of every length at once, then token by token, and, once, three at a time."""
-    model, idx = small(flash=flash, n_layer=n_layer), tokens(batch_size, 16)
+    model, idx = small(flash=flash, **changes), tokens(batch_size, 16)
     expected = model(idx, all_logits=True)[0]
     for prompt, step in [(length, 1) for length in range(1, 17)] + [(4, 3)]:
-        cache = KVCache(n_layer, 16)
+        cache = KVCache(model.config.n_layer, 16, static)
         cached = [model(idx[:, :prompt], all_logits=True, cache=cache)[0]]
         for t in range(prompt, 16, step):
             cached.append(model(idx[:, t : t + step], all_logits=True, cache=cache)[0])
@@ -229,16 +242,56 @@ def test_cached_logits_equal_uncached_at_every_position(flash, n_layer, batch_si
 
 
 @pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("changes", [{}, MODERN])
 @pytest.mark.parametrize("batch_size, prompt", [(1, 1), (1, 15), (8, 7), (8, 16), (2, 20)])
-def test_sampled_tokens_equal_those_without_a_cache(flash, batch_size, prompt):
+def test_sampled_tokens_equal_those_without_a_cache(flash, changes, batch_size, prompt):
     """With the same generator, and past block_size, where the window slides."""
-    model, idx = small(flash=flash), tokens(batch_size, prompt)
+    model, idx = small(flash=flash, **changes), tokens(batch_size, prompt)
     generated = model.generate(idx, 30, 0.9, 20, generator=torch.Generator().manual_seed(3))
     expected, generator = idx, torch.Generator().manual_seed(3)
     for _ in range(30):
-        probs = next_token_probs(model(expected[:, -16:])[0][:, -1], 0.9, 20)
-        expected = torch.cat((expected, torch.multinomial(probs, 1, generator=generator)), dim=1)
+        probs, ids = next_token_probs(model(expected[:, -16:])[0][:, -1], 0.9, 20)
+        token = ids.gather(1, torch.multinomial(probs, 1, generator=generator))
+        expected = torch.cat((expected, token), dim=1)
     assert torch.equal(generated, expected)
+
+
+@torch.no_grad()
+def test_fast_generation_equals_the_plain():
+    """The layout of float32 and the few rows of bfloat16, against what they replace."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 2, 16, 17):
+            idx = tokens(rows, 1)
+            model, plain = small(n_embd=64).to(dtype), small(n_embd=64).to(dtype)
+            model.optimize_for_generation()
+            for module in plain.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.__class__ = torch.nn.Linear
+            atol = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(model(idx)[0], plain(idx)[0], atol=atol, rtol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("changes", [{}, MODERN])
+def test_the_compiled_step_generates_the_same(changes):
+    torch._dynamo.utils.counters.clear()
+    model, compiled = small(**changes), small(**changes)
+    compiled.optimize_for_generation(compile=True)
+    for idx in (tokens(2, 5), tokens(2, 5, seed=1)):
+        a, b = (m.generate(idx, 20, generator=torch.Generator().manual_seed(3)) for m in (model, compiled))
+        assert torch.equal(a, b)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # a prompt, not a step
+
+
+def test_rotary_positions_are_llamas():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    cos, sin = rotary(torch.arange(4, 11), 8)
+    theirs = apply_rotary_pos_emb(q, k, *(torch.cat((t, t), dim=-1)[None] for t in (cos, sin)))
+    torch.testing.assert_close((rotate(q, cos, sin), rotate(k, cos, sin)), theirs)
+    frequencies = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(cos, torch.outer(torch.arange(4.0, 11.0), frequencies).cos())
 
 
 def test_same_generator_same_tokens():
@@ -251,7 +304,8 @@ def test_same_generator_same_tokens():
 
 def test_top_k_top_p_and_padding_bound_what_is_sampled():
     model, idx = small(), tokens(64, 4)
-    probs = next_token_probs(model(idx)[0][:, -1])
+    probs, ids = next_token_probs(model(idx)[0][:, -1])
+    assert torch.equal(ids, torch.arange(65).expand(64, -1))
     allowed = {"top_k": probs >= probs.topk(5).values[:, -1:]}
     ordered, order = probs.sort(descending=True)
     for row in range(64):
@@ -264,7 +318,7 @@ def test_top_k_top_p_and_padding_bound_what_is_sampled():
                 :, -1:
             ]
             assert allowed[option].gather(1, new).all(), option
-    assert next_token_probs(model(idx)[0][:, -1], top_k=1000).isfinite().all()
+    assert next_token_probs(model(idx)[0][:, -1], top_k=1000)[0].isfinite().all()
 
 
 def test_stop_ends_each_sequence_and_then_all():
