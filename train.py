@@ -38,21 +38,25 @@ resid_dropout: float | None = None  # of what attention and MLP add
 bias = True  # biases in Linear and LayerNorm, as GPT-2
 qkv_bias: bool | None = None  # None follows bias
 tie_weights = True  # the token embedding is the output layer too, as GPT-2
-activation: Literal["gelu", "gelu_erf", "relu"] = "gelu"  # gelu is GPT-2's tanh form
+activation: Literal["gelu", "gelu_erf", "relu", "relu2"] = "gelu"  # gelu is GPT-2's tanh form
+position: Literal["learned", "rope"] = "learned"  # position embeddings, as GPT-2, or rotated queries and keys
+qk_norm = False  # queries and keys of unit root mean square
 flash = True  # fused attention; False: the same spelled out
-init: Literal["gpt2", "torch"] = "gpt2"  # first weights: GPT-2's, or PyTorch's own for each layer
+init: Literal["gpt2", "zero", "torch"] = "gpt2"  # zero: as gpt2, residual projections 0; torch: PyTorch's own
 # optimizer
-learning_rate = 6e-4  # the peak
+optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks; AdamW for the rest
+learning_rate = 6e-4  # the peak, of AdamW
+muon_learning_rate = 0.02  # the peak, of Muon
 max_iters = 600000  # steps
 max_epochs: int | None = None  # where given, max_iters is this many times through the training split
 weight_decay = 0.1  # of matrices and embeddings; biases and LayerNorm are left alone
 beta1 = 0.9  # AdamW's
 beta2 = 0.95  # AdamW's; nearer 1 where a step has few tokens
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
-lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warmup
+lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warmup; wsd: see get_lr
 warmup_iters = 2000  # steps of linear warmup
 lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
-min_lr: float | None = None  # None: a tenth of learning_rate
+min_lr: float | None = None  # where learning_rate ends; None: a tenth of it, or 0 with linear and wsd
 # machine
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -171,15 +175,22 @@ def get_batch(
 def get_lr(
     step: int, peak: float, lowest: float, warmup_iters: int, decay_iters: int, schedule: str = "cosine"
 ) -> float:
-    """Linear warmup to the peak; then constant, or half a cosine down to the lowest at step decay_iters."""
+    """Linear warmup to the peak; then down to the lowest at step decay_iters, or constant.
+
+    cosine: along half a cosine; linear: in a straight line; wsd: constant, and in a straight line over the
+    last third of decay_iters (warmup, stable, decay; Hu et al. 2024, MiniCPM, section 4).
+    """
     if step < warmup_iters:
         return peak * (step + 1) / (warmup_iters + 1)
     if schedule == "constant":
         return peak
     if step >= decay_iters:
         return lowest
-    progress = (step - warmup_iters) / (decay_iters - warmup_iters)  # 0 to 1
-    return lowest + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - lowest)
+    start = max(warmup_iters, decay_iters * 2 // 3) if schedule == "wsd" else warmup_iters
+    left = min(1.0, (decay_iters - step) / (decay_iters - start))  # 1 to 0
+    if schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return lowest + left * (peak - lowest)
 
 
 def sum_over_processes(value: float) -> float:
@@ -282,7 +293,7 @@ def check_settings(given: dict[str, Any]) -> None:
     """End where the settings cannot work, before anything is begun."""
     at_least_1 = "eval_interval log_interval gradient_accumulation_steps batch_size block_size stride"
     at_least_0 = "max_iters max_epochs eval_iters warmup_iters lr_decay_iters seed grad_clip weight_decay"
-    at_least_0 += " learning_rate min_lr beta1 beta2"
+    at_least_0 += " learning_rate muon_learning_rate min_lr beta1 beta2"
     for least, names in enumerate((at_least_0, at_least_1)):
         for name in names.split():
             if globals()[name] is not None and globals()[name] < least:
@@ -371,15 +382,20 @@ def main(given: dict[str, Any]) -> None:
     except ValueError as error:
         fail(str(error))
     model.to(use_device).train()
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    optimizers = model.configure_optimizers(
+        weight_decay, learning_rate, (beta1, beta2), muon_learning_rate if optimizer == "muon" else None
+    )
     step, tokens, seconds, best_val_loss = 0, 0, 0.0, math.inf
     if resume:
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
         best_val_loss = checkpoint["best_val_loss"]
-        settled = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, options in zip(optimizer.param_groups, settled, strict=True):
-            group.update(options)  # what is given now wins over what was saved
+        if len(checkpoint["optimizer"]) != len(optimizers):
+            fail(f"{optimizer=}, but the checkpoint has optimizer={checkpoint['config'].get('optimizer')}")
+        for one, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+            settled = [{k: v for k, v in group.items() if k != "params"} for group in one.param_groups]
+            one.load_state_dict(state)
+            for group, options in zip(one.param_groups, settled, strict=True):
+                group.update(options)  # what is given now wins over what was saved
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     checkpoint = None  # give its memory back
@@ -402,7 +418,9 @@ def main(given: dict[str, Any]) -> None:
         fail(f"a step of {rows} windows of {block_size} tokens is more than data/{dataset}/train.bin holds")
     last_step = max_iters if max_epochs is None else max_epochs * steps_per_epoch
     decay_step = last_step if lr_decay_iters is None else lr_decay_iters
-    lowest_lr = learning_rate / 10 if min_lr is None else min_lr
+    lowest_lr = (
+        (0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10) if min_lr is None else min_lr
+    )
     splits = [(d, eval_starts(len(d), block_size, eval_iters * batch_size)) for d in (train_data, val_data)]
 
     # what comes out; a resume cuts metrics.jsonl to its checkpoint's step
@@ -449,7 +467,7 @@ def main(given: dict[str, Any]) -> None:
         }
         state |= {"step": step, "tokens": tokens, "seconds": seconds, "best_val_loss": best_val_loss}
         if name == "ckpt.pt":
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"optimizer": [one.state_dict() for one in optimizers], "scaler": scaler.state_dict()}
         return written(run / name, lambda: write_atomically(run / name, lambda file: torch.save(state, file)))
 
     def sample() -> str:
@@ -503,8 +521,8 @@ def main(given: dict[str, Any]) -> None:
 
         started = time.perf_counter()
         lr = get_lr(step, learning_rate, lowest_lr, warmup_iters, decay_step, lr_schedule)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in (group for one in optimizers for group in one.param_groups):
+            group["lr"] = group["initial_lr"] * lr / (learning_rate or 1)
         # dropout is a function of (seed, step, rank) as batches are of (seed, step): no random state to lose
         torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
         starts = batch_starts(step, rows, len(train_data), block_size, seed, window_stride)
@@ -518,11 +536,13 @@ def main(given: dict[str, Any]) -> None:
                 loss = parallel(x, y)[1] / len(shares)
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
-        scaler.unscale_(optimizer)
+        for one in optimizers:
+            scaler.unscale_(one)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(optimizer)
+        for one in optimizers:
+            scaler.step(one)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         step += 1
         tokens += tokens_per_step
         bar.update()

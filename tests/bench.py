@@ -1,25 +1,35 @@
 """Measurements, not tests: run by hand, on an otherwise idle machine.
 
     python tests/bench.py train config/train_shakespeare_char_cpu.py --peer=../nanoGPT --steps=300 --rounds=4
-    python tests/bench.py sample --peer=../nanoGPT --dtype=float32
+    python tests/bench.py train config/train_shakespeare_char_cpu_fast.py --to_loss=peer --peer=../nanoGPT \
+        --peer_config=config/train_shakespeare_char_cpu.py
+    python tests/bench.py sample --peer=../nanoGPT
 
 Rounds alternate ours and the peer, so that a machine that drifts slows both; medians, ranges and ratios are
 printed, and a line of JSON. The dataset must be prepared here.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import json
+import math
+import os
 import pickle
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -36,150 +46,347 @@ def our_settings(config: str) -> dict:
     return {name: namespace[name] for name in known} | run_config_file(config, kinds)
 
 
-def our_steps(config: str, steps: int, extra: list[str]) -> list[float]:
-    """Milliseconds of each training step of train.py."""
+def finished(command: list, cwd: Path | None = None) -> tuple[str, float]:
+    """A process's standard output and its peak memory in bytes."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"{command} failed: {(err.seek(0), err.read())[1][-2000:]}")
+        return (out.seek(0), out.read())[1], usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train_ours(config: str, flags: list[str]) -> dict:
+    """ms of each step, (seconds of training, whole-split loss) of each evaluation, and bytes at the peak."""
     with tempfile.TemporaryDirectory() as out:
-        flags = [f"--max_iters={steps}", "--eval_interval=1000000", "--eval_iters=1", "--log_interval=1"]
-        command = [
-            sys.executable,
-            REPO / "train.py",
-            config,
-            *flags,
-            "--sample_prompt=",
-            f"--out_dir={out}",
-            *extra,
-        ]
-        subprocess.run(command, check=True, capture_output=True)
+        flags = [*flags, "--log_interval=1", "--sample_prompt=", f"--out_dir={out}"]
+        _, memory = finished([sys.executable, REPO / "train.py", config, *flags])
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "loss" in line]
-    return [1000 * (after - before) for before, after in zip(seconds, seconds[1:], strict=False)]
+    ms = [1000 * (after - before) for before, after in zip([0, *seconds], seconds, strict=False)]
+    return {
+        "ms": ms,
+        "curve": [(e["seconds"], e["val_loss"]) for e in lines if "val_loss" in e],
+        "memory": memory,
+    }
 
 
-def nanogpt_steps(peer: Path, settings: dict, steps: int, extra: list[str]) -> list[float]:
-    """Milliseconds of each step of a nanoGPT checkout at the same settings, on the same data."""
+# put in the place of nanoGPT's estimate_loss: the whole split, its own time left out, and no checkpoint
+PEER_EVALUATION = """
+began = evaluated = 0.0
+@torch.no_grad()
+def estimate_loss():
+    global began, evaluated
+    started = time.time()
+    began = began or started
+    data = torch.from_numpy(np.fromfile(os.path.join(data_dir, "val.bin"), dtype=np.uint16).astype(np.int64))
+    n = (len(data) - 1) // block_size
+    x, y = data[: n * block_size].view(n, -1).to(device), data[1 : n * block_size + 1].view(n, -1).to(device)
+    model.eval()
+    with ctx:
+        batches = zip(x.split(12), y.split(12))
+        loss = sum(model(a, b)[1].item() * len(a) for a, b in batches) / n
+    model.train()
+    print("full", started - began - evaluated, loss)
+    evaluated += time.time() - started
+    return {"train": math.inf, "val": math.inf}
+"""
+
+
+def train_peer(peer: Path, settings: dict, seed: int, flags: list[str]) -> dict:
+    """As train_ours, of a nanoGPT checkout at the same settings, on the same data."""
     source, folder = Path("data", settings["dataset"]), peer / "data" / settings["dataset"]
-    meta = json.loads((source / "meta.json").read_text())
+    meta = json.loads((source / "meta.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train.bin", "val.bin"):
         shutil.copy(source / name, folder / name)
     with open(folder / "meta.pkl", "wb") as file:  # all that its train.py reads of it
         pickle.dump({"vocab_size": meta["vocab_size"]}, file)
+    code = (peer / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
+    code = code.replace("@torch.no_grad()\ndef estimate_loss", f"{PEER_EVALUATION}\ndef its_own_estimate")
     same = "dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias"
-    same += " learning_rate weight_decay beta1 beta2 grad_clip warmup_iters"
-    with tempfile.TemporaryDirectory() as out:
-        flags = [f"--max_iters={steps}", "--eval_interval=1000000", "--eval_iters=1", "--log_interval=1"]
-        flags += [f"--{name}={settings[name]}" for name in same.split()] + [f"--out_dir={out}", *extra]
-        command = [sys.executable, "train.py", *flags]
-        done = subprocess.run(command, cwd=peer, check=True, capture_output=True, encoding="utf-8")
-    return [float(ms) for ms in re.findall(r"time ([\d.]+)ms", done.stdout)]
-
-
-def bench_train(args: argparse.Namespace) -> None:
-    settings = our_settings(args.config)
-    extra = [f"--device={args.device}", f"--compile={args.device == 'cuda'}"]
-    medians: dict[str, list[float]] = {"plainGPT": [], "nanoGPT": []}
-    for _ in range(args.rounds):
-        warm = args.steps // 5  # steps left out at the start
-        medians["plainGPT"].append(statistics.median(our_steps(args.config, args.steps, extra)[warm:]))
-        if args.peer:
-            peer = nanogpt_steps(Path(args.peer), settings, args.steps, extra)
-            medians["nanoGPT"].append(statistics.median(peer[warm:]))
-    tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
-    for name, ms in medians.items():
-        if ms:
-            middle = statistics.median(ms)
-            print(
-                f"{name:9} {middle:8.2f} ms/step ({min(ms):.2f} to {max(ms):.2f}), "
-                f"{1000 * tokens / middle:,.0f} tokens/s"
-            )
-    result = {
-        "bench": "train",
-        "config": args.config,
-        "machine": platform.processor(),
-        "ms_per_step": medians,
+    same += " learning_rate weight_decay beta1 beta2 grad_clip warmup_iters max_iters"
+    known = {name: settings[name] for name in same.split()}
+    known["lr_decay_iters"] = settings["lr_decay_iters"] or settings["max_iters"]
+    known["min_lr"] = settings["learning_rate"] / 10 if settings["min_lr"] is None else settings["min_lr"]
+    flags = [*(f"--{name}={value}" for name, value in known.items()), *flags, "--log_interval=1"]
+    flags = [*flags, "--always_save_checkpoint=False", f"--out_dir={tempfile.gettempdir()}"]
+    with tempfile.NamedTemporaryFile("w", dir=peer, suffix=".py") as script:
+        script.write(code)
+        script.flush()
+        said, memory = finished([sys.executable, script.name, *flags], cwd=peer)
+    curve = [(float(t), float(loss)) for t, loss in re.findall(r"^full (\S+) (\S+)$", said, re.M)]
+    return {
+        "ms": [float(ms) for ms in re.findall(r"time ([\d.]+)ms", said)],
+        "curve": curve,
+        "memory": memory,
     }
-    if args.peer:
-        ratios = [b / a for a, b in zip(*medians.values(), strict=True)]
-        result["speedup"] = ratios
-        print(f"speedup   {statistics.median(ratios):8.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    print(json.dumps(result))
 
 
-def generators(args: argparse.Namespace) -> dict:
-    """{name: generate(idx, n)} of random GPT-2 124M models, ours and others."""
+# dense bfloat16 (V100, T4: float16) tensor FLOP/s, as the makers give them
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12}
+PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 5090": 210e12, "MI300X": 1307e12, "V100": 125e12, "T4": 65e12}
+
+
+def utilization(settings: dict, tokens_per_second: float, device: str) -> str:
+    """Model FLOPs utilization where the peak of the device is known, else FLOP/s."""
     import torch
-    import transformers
 
     from model import GPT, GPTConfig
 
-    dtype = getattr(torch, args.dtype)
-    ours = GPT(GPTConfig(vocab_size=50257)).eval().to(args.device, dtype)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(args.device, dtype)
-    theirs.generation_config.eos_token_id = None
+    meta = json.loads(Path("data", settings["dataset"], "meta.json").read_text(encoding="utf-8"))
+    names = {field.name for field in fields(GPTConfig)} & settings.keys()
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **{name: settings[name] for name in names}))
+    gpu = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    if device == "cuda" and peak:
+        return f"MFU {100 * model.estimate_mfu(tokens_per_second, peak):.1f}% of {gpu}"
+    return (
+        f"{model.estimate_mfu(tokens_per_second, 1) / 1e9:,.0f} GFLOP/s (the peak of {gpu} is not known here)"
+    )
 
-    def transformers_generate(idx, n):
-        mask = torch.ones_like(idx)
-        theirs.generate(idx, max_new_tokens=n, do_sample=True, top_k=200, attention_mask=mask, pad_token_id=0)
 
-    models = {
-        "plainGPT": lambda idx, n: ours.generate(idx, n, top_k=200, vocab_size=50257),
-        "transformers": transformers_generate,
-    }
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """Time a step, or with --to_loss a whole run up to a loss, of ours and of nanoGPT in turns."""
+    settings = our_settings(args.config)
+    theirs = our_settings(args.peer_config or args.config)
+    flags = [f"--device={args.device}", f"--compile={args.device == 'cuda'}"]
+    results: dict[str, list[dict]] = {"plainGPT": [], "nanoGPT": []} if args.peer else {"plainGPT": []}
+    for seed in range(1337, 1337 + args.rounds):
+        for name, runs in results.items():
+            if args.to_loss:
+                steps = (settings if name == "plainGPT" else theirs)["max_iters"]
+                length = [f"--eval_interval={max(1, steps // args.evaluations)}"]
+            else:
+                length = [f"--max_iters={args.steps}", "--eval_interval=1000000"]
+            if name == "nanoGPT":
+                runs.append(train_peer(Path(args.peer).resolve(), theirs, seed, [*flags, *length]))
+            else:
+                windows = (
+                    Path("data", settings["dataset"], "val.bin").stat().st_size // 2 // settings["block_size"]
+                )
+                whole = math.ceil(windows / settings["batch_size"])  # of the validation split
+                length.append(f"--eval_iters={whole if args.to_loss else 1}")
+                extra = [f"--{key}" for key in args.set]
+                runs.append(train_ours(args.config, [*flags, *length, *extra, f"--seed={seed}"]))
+    for name, runs in results.items():
+        use = settings if name == "plainGPT" else theirs
+        tokens = use["gradient_accumulation_steps"] * use["batch_size"] * use["block_size"]
+        ms = [statistics.median(run["ms"][len(run["ms"]) // 5 :]) for run in runs]
+        speed = 1000 * tokens / statistics.median(ms)
+        memory = max(run["memory"] for run in runs) / 1e9
+        print(f"{name:9} {spread(ms)} ms a step, {speed:,.0f} tokens/s, {memory:.2f} GB, ", end="")
+        print(utilization(use, speed, args.device))
     if args.peer:
+        ratios = [
+            statistics.median(b["ms"]) / statistics.median(a["ms"])
+            for a, b in zip(*results.values(), strict=True)
+        ]
+        print(f"plainGPT's steps are {spread(ratios)} times as fast")
+    if args.to_loss:
+        report_losses(results, args.to_loss)
+    if args.plot:
+        plot_curves(results, args)
+    print(json.dumps({"bench": "train", **vars(args), "run": None, "results": results}))
+
+
+def report_losses(results: dict[str, list[dict]], goal: str) -> None:
+    """goal: a loss, or "peer": the final loss of nanoGPT's run of the same round."""
+    for name, runs in results.items():
+        final = [run["curve"][-1] for run in runs]
+        print(f"{name:9} ends at {spread([loss for _, loss in final], 4)} after ", end="")
+        print(f"{spread([seconds for seconds, _ in final], 1)} s")
+    rivals = results.get("nanoGPT")
+    seconds, shares, then = [], [], []
+    for i, run in enumerate(results["plainGPT"]):
+        wanted = rivals[i]["curve"][-1][1] if goal == "peer" else float(goal)
+        seconds.append(next((t for t, loss in run["curve"] if loss <= wanted), math.inf))
+        if rivals:
+            limit = rivals[i]["curve"][-1][0]
+            shares.append(seconds[-1] / limit)
+            then.append(min(loss for t, loss in run["curve"] if t <= limit))
+    print(f"plainGPT  reaches {'that loss' if goal == 'peer' else goal} after {spread(seconds, 1)} s")
+    if rivals:
+        print(f"          which is {spread(shares)} of nanoGPT's time; at its full time {spread(then, 4)}")
+
+
+def plot_curves(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="seconds of training", ylabel="loss on the whole validation split (nats)"
+    )
+    for (name, runs), color in zip(results.items(), ("C0", "C1"), strict=False):
+        for i, run in enumerate(runs):
+            label = (
+                f"{name}, {Path(args.config if name == 'plainGPT' else args.peer_config or args.config).stem}"
+            )
+            axes.plot(
+                *zip(*run["curve"], strict=True), color=color, marker=".", label=label if i == 0 else None
+            )
+    axes.set_ylim(top=2.6)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(args.plot, dpi=120)
+
+
+def generators(args: argparse.Namespace) -> dict:
+    """{name: (model, generate(idx, n))} of one GPT-2: ours in each --dtype, others in the first of them."""
+    import torch
+    import transformers
+
+    from model import GPT, GPTConfig, load_checkpoint
+    from prepare import weights_path
+
+    torch.manual_seed(0)
+    if args.init_from == "random":
+        checkpoint = {"model_args": asdict(GPTConfig(vocab_size=50257))}
+        checkpoint["model"] = GPT(GPTConfig(vocab_size=50257)).state_dict()
+    else:
+        checkpoint = load_checkpoint(weights_path(args.init_from))
+    config = GPTConfig(**checkpoint["model_args"])
+    dtypes, models = args.dtype.split(","), {}
+
+    def ours(dtype, compile):
+        model = GPT.from_state(checkpoint).eval().to(args.device, getattr(torch, dtype))
+        model.optimize_for_generation(compile)
+        return model, lambda idx, n: model.generate(idx, n, top_k=200, vocab_size=config.vocab_size)
+
+    def transformers_model():
+        c = transformers.GPT2Config(
+            config.vocab_size, config.block_size, config.n_embd, config.n_layer, config.n_head
+        )
+        model = transformers.GPT2LMHeadModel(c).eval().to(args.device, getattr(torch, dtypes[0]))
+        model.generation_config.eos_token_id = None
+        options = {"do_sample": True, "top_k": 200, "pad_token_id": 0}
+        return model, lambda idx, n: model.generate(
+            idx, max_new_tokens=n, attention_mask=torch.ones_like(idx), **options
+        )
+
+    def nanogpt():
         spec = importlib.util.spec_from_file_location("nanogpt", Path(args.peer, "model.py"))
-        nanogpt = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(nanogpt)
-        peer = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=50257)).eval().to(args.device, dtype)
-        models["nanoGPT"] = lambda idx, n: peer.generate(idx, n, top_k=200)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sizes = {
+            name: getattr(config, name) for name in "block_size vocab_size n_layer n_head n_embd".split()
+        }
+        with contextlib.redirect_stdout(None):
+            model = module.GPT(module.GPTConfig(**sizes)).eval().to(args.device, getattr(torch, dtypes[0]))
+        return model, lambda idx, n: model.generate(idx, n, top_k=200)
+
+    for dtype in dtypes:
+        for compile in (False, True) if args.compile else (False,):
+            name = f"plainGPT {dtype}{' compiled' * compile}"
+            models[name] = functools.partial(ours, dtype, compile)
+    models[f"transformers {dtypes[0]}"] = transformers_model
+    if args.peer:
+        models[f"nanoGPT {dtypes[0]}"] = nanogpt
     return models
+
+
+def token_times(model: Any, generate: Callable, idx: Any, n: int) -> list[float]:
+    """Seconds to the first token, and from each to the next, by when the model is called."""
+    times: list[float] = []
+
+    def note(*_: Any) -> None:
+        if idx.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    hook = model.register_forward_pre_hook(note)
+    generate(idx, n + 1)
+    hook.remove()
+    return [after - before for before, after in zip(times, times[1:], strict=False)]
 
 
 def bench_sample(args: argparse.Namespace) -> None:
     import torch
 
-    def seconds(generate, idx, n):
-        started = time.perf_counter()
-        generate(idx, n)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    models, results = generators(args), []
-    print(f"{'':14} {'batch':>6} {'context':>8} {'first token, s':>15} {'tokens/s a sequence':>20}")
+    makers = generators(args)
+    if args.only:  # a process of its own, for its peak memory
+        model, generate = makers[args.only]()
+        generate(torch.randint(1000, (8, 900), device=args.device), 8)
+        on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
+        print(torch.cuda.max_memory_allocated() if args.device == "cuda" else on_cpu)
+        return
+    models, results = {name: make() for name, make in makers.items()}, []
+    mine = models[next(iter(models))][0]
+    weights = sum(p.numel() for name, p in mine.named_parameters() if "wpe" not in name)
+    if args.device == "cpu":
+        block = torch.ones(2**27)  # 0.5 GB, more than any cache
+        reads = [timed(lambda: torch.mv(block.view(-1, 1024), block[:1024])) for _ in range(5)]
+        speed = 4 * len(block) / statistics.median(reads) / 1e9
+        print(f"memory is read at {speed:.1f} GB/s; a token needs {weights / 1e6:.1f}M weights")
+    print(
+        f"{'':28} {'batch':>6} {'context':>8} {'first token, s':>15} {'tokens/s a sequence':>20} {'GB/s':>6}"
+    )
     for batch in (1, 8):
         for context in (8, 256, 900):
-            idx = torch.randint(50257, (batch, context), device=args.device)
-            first, speed = {}, {}
-            for _ in range(args.rounds):
-                for name, generate in models.items():
-                    n = 4 if name == "nanoGPT" else args.tokens  # it computes the whole context for each
-                    one = seconds(generate, idx, 1)
-                    more = seconds(generate, idx, 1 + n)
-                    first.setdefault(name, []).append(one)
-                    speed.setdefault(name, []).append(n / (more - one))
+            idx = torch.randint(1000, (batch, context), device=args.device)
+            first: dict[str, list[float]] = {name: [] for name in models}
+            each: dict[str, list[float]] = {name: [] for name in models}
+            for i in range(args.rounds + 1):
+                for name, (model, generate) in models.items():
+                    n = 3 if "nanoGPT" in name else args.tokens  # it computes the whole context for each
+                    times = token_times(model, generate, idx, n)
+                    if i > 0:  # the first round warms up
+                        first[name].append(times[0])
+                        each[name] += times[1:]
             for name in models:
-                row = [statistics.median(first[name]), statistics.median(speed[name])]
-                print(f"{name:14} {batch:6} {context:8} {row[0]:15.3f} {row[1]:20.1f}")
-                results.append([name, batch, context, *row])
-    print(json.dumps({"bench": "sample", "dtype": args.dtype, "device": args.device, "results": results}))
+                seconds, token = statistics.median(first[name]), statistics.median(each[name])
+                read = weights * (4 if "float32" in name else 2) / token / 1e9
+                print(f"{name:28} {batch:6} {context:8} {seconds:15.3f} {1 / token:20.1f} {read:6.1f}")
+                results.append([name, batch, context, seconds, 1 / token])
+    memory = {}
+    for name in models:
+        said, _ = finished([sys.executable, *sys.argv, "--only", name])
+        memory[name] = int(said.split()[-1])
+        print(f"{name:28} {memory[name] / 1e9:.2f} GB at the peak: batch 8 after 900 tokens, alone")
+    print(json.dumps({"bench": "sample", **vars(args), "run": None, "results": results, "memory": memory}))
+
+
+def timed(function: Callable) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
-    train = commands.add_parser("train", help="milliseconds a training step")
+    train = commands.add_parser("train", help="a training step, or a race to a loss")
     train.add_argument("config")
     train.add_argument("--peer", help="a checkout of nanoGPT to run beside ours, in turns")
-    train.add_argument("--steps", type=int, default=300)
-    train.add_argument("--rounds", type=int, default=4)
+    train.add_argument("--peer_config", help="the config whose sizes it takes; default: the same")
+    train.add_argument("--steps", type=int, default=300, help="of a run that is timed")
+    train.add_argument(
+        "--to_loss", help="whole runs: seconds to this validation loss, or to the peer's final one"
+    )
+    train.add_argument("--evaluations", type=int, default=40, help="in a whole run")
+    train.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of ours alone")
+    train.add_argument("--plot", help="draw the validation losses over time into this file")
+    train.add_argument("--rounds", type=int, default=3, help="each with another seed")
     train.add_argument("--device", default="cpu")
     train.set_defaults(run=bench_train)
-    sample = commands.add_parser("sample", help="tokens a second of a random GPT-2 124M")
+    sample = commands.add_parser("sample", help="tokens a second of GPT-2")
+    sample.add_argument("--init_from", default="random", help="random weights of 124M, or as sample.py's")
     sample.add_argument("--peer", help="a checkout of nanoGPT to run beside ours, in turns")
-    sample.add_argument("--tokens", type=int, default=32)
+    sample.add_argument("--tokens", type=int, default=24)
     sample.add_argument("--rounds", type=int, default=3)
     sample.add_argument("--device", default="cpu")
-    sample.add_argument("--dtype", default="float32")
+    sample.add_argument("--dtype", default="float32,bfloat16", help="ours in each, the others in the first")
+    sample.add_argument("--compile", action="store_true", help="ours compiled as well")
+    sample.add_argument("--only", help=argparse.SUPPRESS)
     sample.set_defaults(run=bench_sample)
     args = parser.parse_args()
     args.run(args)

@@ -32,8 +32,12 @@ def test_learning_rate_at_its_corners():
     assert lr(0) == pytest.approx(1 / 11) and lr(9) == pytest.approx(10 / 11) and lr(10) == 1.0
     assert lr(60) == pytest.approx(0.55) and lr(35) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
     assert lr(110) == lr(10**6) == 0.1
+    assert lr(60, "linear") == pytest.approx(0.55) and lr(35, "linear") == pytest.approx(0.775)
+    assert lr(73, "wsd") == 1.0 and lr(91.5, "wsd") == pytest.approx(0.55) and lr(110, "wsd") == 0.1
     assert lr(4, "constant") == lr(4) and lr(10, "constant") == lr(10**6, "constant") == 1.0
-    assert train.get_lr(0, 1.0, 0.1, 0, 0) == 0.1  # no step is left to decay over
+    for schedule in ("cosine", "linear", "wsd"):
+        assert train.get_lr(0, 1.0, 0.1, 0, 0, schedule) == 0.1  # no step is left to decay over
+        assert train.get_lr(9, 1.0, 0.1, 9, 10, schedule) == 1.0
 
 
 @settings(max_examples=200)
@@ -128,10 +132,10 @@ def same_run(a, b):
 RESUMED = [*TINY, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=150"]
 
 
-@pytest.mark.parametrize("order", ["random", "epoch"])
-def test_a_killed_run_resumes_to_the_same_bits(workdir, order):
+@pytest.mark.parametrize("order, optimizer", [("random", "muon"), ("epoch", "adamw")])
+def test_a_killed_run_resumes_to_the_same_bits(workdir, order, optimizer):
     """kill -9 at some step past a checkpoint, then resume without a word on the settings."""
-    args = [*RESUMED, f"--data_order={order}"]
+    args = [*RESUMED, f"--data_order={order}", f"--optimizer={optimizer}"]
     run("train.py", *args, f"--out_dir=out/whole_{order}", cwd=workdir)
     killed = workdir / "out" / f"killed_{order}"
     with subprocess.Popen(
@@ -188,6 +192,33 @@ def test_the_same_run_on_two_processes(workdir):
     assert list(metrics(workdir / "out" / "one", "loss"))[-1] == 51
 
 
+def test_muon_takes_the_matrices_of_the_blocks():
+    """Its first step changes each matrix by one that is nearly orthogonal, scaled as its shape asks for."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 65, 2, 2, 32))
+    adamw, muon = model.configure_optimizers(0.0, 1e-3, (0.9, 0.95), 0.02)
+    names = {p: name for name, p in model.named_parameters()}
+    taken = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert taken == {
+        name
+        for name in names.values()
+        if ".h." in name and name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+    }
+    assert len(taken) == 8 and sum(len(group["params"]) for group in adamw.param_groups) == len(names) - 8
+    idx = torch.randint(65, (4, 33))
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    before = {name: p.detach().clone() for p, name in names.items()}
+    muon.step()
+    for p, name in names.items():
+        change = (p.detach() - before[name]) / 0.02
+        if name in taken:
+            scale = max(1, p.size(0) / p.size(1)) ** 0.5
+            singular = torch.linalg.svdvals(change) / scale
+            assert 0.5 < singular.median() < 1.3, name
+        else:
+            assert not change.any()
+
+
 def test_from_a_checkpoints_weights(trained, workdir):
     """A start from a path keeps the architecture, and may change dropout and shorten the context."""
     args = [
@@ -231,7 +262,7 @@ def test_a_resumed_run_takes_what_is_given_now(trained, workdir):
     args = "--init_from=resume --out_dir=out/changed --max_iters=62 --weight_decay=0.5 --beta2=0.5"
     run("train.py", *args.split(), "--batch_size=8", "--dtype=bfloat16", "--sample_prompt=", cwd=workdir)
     checkpoint = torch.load(workdir / "out" / "changed" / "ckpt.pt", weights_only=True)
-    groups = checkpoint["optimizer"]["param_groups"]
+    groups = checkpoint["optimizer"][0]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0] and groups[0]["betas"][1] == 0.5
     assert checkpoint["config"]["dtype"] == "bfloat16" and checkpoint["config"]["n_layer"] == 2
     assert checkpoint["tokens"] == 60 * 4 * 32 + 2 * 8 * 32
@@ -344,6 +375,7 @@ def test_mistakes_end_in_one_line(trained, workdir):
         (["no run to resume"], "--init_from=resume", "--out_dir=out/weights"),
         (["nowhere.pt"], "--init_from=nowhere.pt"),
         (["max_epochs=2", "--max_epochs=None"], "--max_iters=3", "--max_epochs=2"),
+        (["optimizer='muon'", "adamw"], "--init_from=resume", "--out_dir=out/trained", "--optimizer=muon"),
         (["stride", "data_order"], "--stride=3"),
         (["beta2", "less than 1"], "--beta2=1.5"),
         (["learning_rate", "at least 0"], "--learning_rate=-1"),
