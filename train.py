@@ -314,6 +314,7 @@ def restore_settings(checkpoint: dict[str, Any], given: dict[str, Any]) -> None:
 def main(given: dict[str, Any]) -> None:
     """The whole run. given: the settings that are not left at their defaults, as configure returns them."""
     run, resume, checkpoint = Path(out_dir), init_from == "resume", None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     try:
         if init_from != "scratch":
             checkpoint = load_checkpoint(str(run / "ckpt.pt") if resume else weights_path(init_from))
@@ -328,14 +329,18 @@ def main(given: dict[str, Any]) -> None:
             torch.cuda.set_device(gpu)  # before the first tensor, or each process would hold memory of cuda:0
         use_device, use_dtype = pick_device(device, dtype)
         train_data, val_data, meta = load_dataset(dataset)
+        config = {name: globals()[name] for name in read_settings(globals())}
+        if (run / "ckpt.pt").exists() and not resume and not eval_only:
+            if restarted:  # by torchrun, after a process died
+                checkpoint = load_checkpoint(str(run / "ckpt.pt"))
+                resume = checkpoint.get("config") == config  # else it is another run's
+            if not resume:
+                fail(f"{run} holds a run: add --init_from=resume, or choose another --out_dir, or delete it")
     except (OSError, ValueError) as error:
         fail(str(error))
-    if (run / "ckpt.pt").exists() and not resume and not eval_only:
-        fail(f"{run} holds a run: go on with --init_from=resume, or choose another --out_dir, or delete it")
     if checkpoint and checkpoint.get("meta", meta)["tokenizer"] != meta["tokenizer"]:
         theirs = checkpoint["meta"].get("dataset")
         fail(f"data/{dataset} has another tokenizer than the checkpoint's dataset; use --dataset={theirs}")
-    config = {name: globals()[name] for name in read_settings(globals())}
 
     # machine
     device_type = use_device.split(":")[0]
@@ -383,9 +388,10 @@ def main(given: dict[str, Any]) -> None:
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     checkpoint = None  # give its memory back
-    compiled = (
-        torch.compile(model) if compile is True or (compile, device_type) == ("auto", "cuda") else model
-    )
+    if sum_over_processes(step) != step * world_size:
+        fail(f"not every machine finds the same checkpoint in {run}: it must be one folder that all share")
+    compiles = compile is True or (compile, device_type) == ("auto", "cuda")
+    compiled = torch.compile(model) if compiles else model
     parallel = DistributedDataParallel(compiled) if world_size > 1 else compiled
 
     # batches and schedule
