@@ -19,6 +19,7 @@ log_interval = 1  # steps between lines of training loss
 eval_iters = 200  # batches of each split in an evaluation, evenly spaced; 0: the whole split
 eval_only = False  # evaluate once and stop; nothing is written
 always_save_checkpoint = True  # False: ckpt.pt only when the validation loss improves (or on a signal)
+keep_checkpoints = 0  # how many of the latest stay as ckpt_<step>.pt, beside ckpt.pt and best.pt
 init_from = "scratch"  # scratch, resume (out_dir's ckpt.pt), gpt2 and its sizes, or the path of a checkpoint
 # data
 dataset = "pydocs"  # a folder of data/
@@ -74,6 +75,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -89,6 +91,7 @@ from model import GPT, GPTConfig, load_checkpoint, pick_device
 from prepare import DataError, load_tokenizer, weights_path
 
 SAMPLE_TOKENS = 100
+WRITER = ThreadPoolExecutor(1)  # writes checkpoints while training goes on
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -218,9 +221,42 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def append_line(path: Path, line: str) -> None:
-    with open(path, "a") as file:
-        file.write(line + "\n")
+def on_cpu(state: Any, copies: dict[Any, torch.Tensor]) -> Any:
+    """A copy in CPU memory of tensors in dicts and lists; what is one tensor stays one, found in copies."""
+    if isinstance(state, dict):
+        return {key: on_cpu(value, copies) for key, value in state.items()}
+    if isinstance(state, list):
+        return [on_cpu(value, copies) for value in state]
+    if not isinstance(state, torch.Tensor):
+        return state
+    key = state.data_ptr(), state.shape
+    copies[key] = copies[key] if key in copies else state.detach().to("cpu", copy=True)
+    return copies[key]
+
+
+def write_checkpoint(run: Path, state: dict[str, Any], improved: bool, keep: int) -> bool:
+    """Write best.pt where improved, without the optimizer, and ckpt.pt; return whether that went well.
+
+    The latest keep files of ckpt.pt stay as ckpt_<step>.pt too, older ones go.
+    """
+
+    def write(path: Path, state: dict[str, Any]) -> bool:
+        return written(path, lambda: write_atomically(path, lambda file: torch.save(state, file)))
+
+    if improved:
+        write(run / "best.pt", {key: state[key] for key in state if key not in ("optimizer", "scaler")})
+    saved = write(run / "ckpt.pt", state)
+    if saved and keep:
+        path = run / f"ckpt_{state['step']}.pt"
+        path.unlink(missing_ok=True)
+        try:
+            os.link(run / "ckpt.pt", path)
+        except OSError:  # a filesystem without hard links
+            write(path, state)
+        kept = [path for path in run.glob("ckpt_*.pt") if path.stem[5:].isdigit()]
+        for path in sorted(kept, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
+            path.unlink()
+    return saved
 
 
 def written(path: Path, write: Callable[[], Any]) -> bool:
@@ -230,7 +266,7 @@ def written(path: Path, write: Callable[[], Any]) -> bool:
         return True
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         reason = str(error).splitlines()[0]
-        print(f"train.py: {path} not written, what was there stays: {reason}", file=sys.stderr)
+        tqdm.write(f"train.py: {path} not written, what was there stays: {reason}", file=sys.stderr)
         return False
 
 
@@ -282,7 +318,7 @@ def check_settings(given: dict[str, Any]) -> None:
     """End where the settings cannot work, before anything is begun."""
     at_least_1 = "eval_interval log_interval gradient_accumulation_steps batch_size block_size stride"
     at_least_0 = "max_iters max_epochs eval_iters warmup_iters lr_decay_iters seed grad_clip weight_decay"
-    at_least_0 += " learning_rate min_lr beta1 beta2"
+    at_least_0 += " learning_rate min_lr beta1 beta2 keep_checkpoints"
     for least, names in enumerate((at_least_0, at_least_1)):
         for name in names.split():
             if globals()[name] is not None and globals()[name] < least:
@@ -439,24 +475,31 @@ def main(given: dict[str, Any]) -> None:
                     sys.stdout = open(os.devnull, "w")
 
     def log(line: dict[str, float | None]) -> None:
+        def append() -> None:
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
         if writes:
             metrics.append(line)
-            written(run / "metrics.jsonl", lambda: append_line(run / "metrics.jsonl", json.dumps(line)))
+            written(run / "metrics.jsonl", append)
 
-    def save(name: str) -> bool:
-        """Write ckpt.pt, or best.pt, which goes without the optimizer; whether that went well."""
+    def save(improved: bool) -> None:
+        """Copy the state and let it be written, to best.pt too where improved, while training goes on."""
+        nonlocal saving
+        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+            stop_not_finite(f"step {step}: weights that are not finite")
         if not writes:
-            return True
-        state = {
-            "model": model.state_dict(),
-            "model_args": asdict(model.config),
-            "config": config,
-            "meta": meta,
-        }
+            return
+        saving.result()  # one copy in memory, and one file on its way, at a time
+        state = {"model": model.state_dict(), "model_args": asdict(model.config), "config": config}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "meta": meta}
         state |= {"step": step, "tokens": tokens, "seconds": seconds, "best_val_loss": best_val_loss}
-        if name == "ckpt.pt":
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        return written(run / name, lambda: write_atomically(run / name, lambda file: torch.save(state, file)))
+        saving = WRITER.submit(write_checkpoint, run, on_cpu(state, {}), improved, keep_checkpoints)
+
+    def stop_not_finite(what: str) -> NoReturn:
+        saving.result()
+        good = f"{run}/ckpt.pt, go on from it with" if (run / "ckpt.pt").exists() else "none yet, try"
+        fail(f"{what} at learning rate {lr:.3g}; the last good state is {good} a lower learning_rate")
 
     def sample() -> str:
         model.eval()
@@ -482,29 +525,29 @@ def main(given: dict[str, Any]) -> None:
     say(f"{model.num_params():,} parameters on {use_device}, {use_dtype}; {tokens_per_step:,} tokens a step")
     if step >= last_step and not eval_only:
         say(f"the run is at step {step} already; to go on, raise max_iters")
-    logged_step, logged_seconds, stopping, saved = step, seconds, False, True
+    if restarted and resume:
+        say(f"started again by torchrun: goes on from step {step} of {run}/ckpt.pt")
+    logged_step, logged_seconds, lr, stopping = step, seconds, learning_rate, False
+    saving = WRITER.submit(bool, True)
+    skipped = torch.zeros((), dtype=torch.int64, device=use_device)  # steps whose gradient was not finite
     while True:
         if step % eval_interval == 0 or step >= last_step or eval_only:
-            train_loss, val_loss = (
-                evaluate(compiled, data, starts, use_device, autocast) for data, starts in splits
-            )
+            train_loss, val_loss = (evaluate(compiled, *split, use_device, autocast) for split in splits)
             losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
             say(f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}")
             if not math.isfinite(train_loss + val_loss):
-                fail(f"step {step}: the loss is not finite; the last good state is {run}/ckpt.pt")
+                stop_not_finite(f"step {step}: {losses}")
             line = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
             log(line | {"tokens": tokens, "seconds": seconds})
             improved = val_loss < best_val_loss
-            if improved:
-                best_val_loss = val_loss
-                save("best.pt")
+            best_val_loss = min(val_loss, best_val_loss)
             if improved or always_save_checkpoint:
-                saved = save("ckpt.pt")
+                save(improved)
             if writes:
                 written(run / "loss.png", lambda: plot_losses(metrics, run / "loss.png"))
             if prompt:
                 say(sample())
-        if step >= last_step or stopping or eval_only:
+        if step >= last_step or eval_only:
             break
 
         started = time.perf_counter()
@@ -526,7 +569,8 @@ def main(given: dict[str, Any]) -> None:
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        scaler.step(optimizer)
+        skipped += ~grad_norm.isfinite()
+        scaler.step(optimizer)  # float16's scaler passes over such a step, and lowers its scale
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -536,40 +580,41 @@ def main(given: dict[str, Any]) -> None:
         logs = (step - 1) % log_interval == 0 or stopping
         if logs:
             mean_loss, norm = sum_over_processes(loss_sum.item()) / world_size, grad_norm.item()
-            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                fail(
-                    f"iter {step - 1}: loss {mean_loss}, gradient norm {norm} at learning rate {lr:.3g}; "
-                    f"the last good state is {run}/ckpt.pt, go on from it with a lower learning_rate"
-                )
+            skips, skipped = skipped.item(), torch.zeros_like(skipped)
+            if not math.isfinite(mean_loss) or skips and not scaler.is_enabled():
+                stop_not_finite(f"iter {step - 1}: loss {mean_loss}, gradient norm {norm}")
         elif device_type == "cuda" and step % eval_interval == 0:
             torch.cuda.synchronize()  # or the rest of this step's time would go to the evaluation
         seconds += time.perf_counter() - started
         if logs:
             speed = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
             logged_step, logged_seconds = step, seconds
-            say(f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, {speed:,.0f} tokens/s")
+            also = f", float16 overflowed: {skips} skipped" if skips else ""
+            say(f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, {speed:,.0f} tokens/s{also}")
             bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
             line = {"step": step - 1, "loss": mean_loss, "lr": lr}
             line["grad_norm"] = norm if math.isfinite(norm) else None  # where float16 overflowed
+            line |= {"skipped": skips} if skips else {}
             log(line | {"tokens": tokens, "tokens_per_second": speed, "seconds": seconds})
         if stopping:
-            saved = save("ckpt.pt")
+            save(False)
+            break
 
     bar.close()
-    if not saved:
+    if not saving.result():
         fail(f"the end of the run is lost: {run}/ckpt.pt could not be written")
     if stopping:
-        arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")] + [
-            "--init_from=resume"
-        ]
-        command = f"python train.py {shlex.join(arguments)}"
+        arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")]
+        launch, nodes = "python", os.environ.get("GROUP_WORLD_SIZE", "1")
         if world_size > 1:
-            command = "the same torchrun command and --init_from=resume"
+            several = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=FIRST_HOST:29500"
+            launch = f"torchrun {'--standalone' if nodes == '1' else several}"
+            launch += f" --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size)}"
+        command = f"{launch} train.py {shlex.join([*arguments, '--init_from=resume'])}"
         say(f"stopped after {step} steps, saved; go on with: {command}")
     if world_size > 1:
-        del (
-            parallel
-        )  # while it holds the process group, gloo's threads outlive the interpreter: an abort at exit
+        # while it holds the process group, gloo's threads outlive the interpreter: an abort at exit
+        del parallel
         gc.collect()
         dist.destroy_process_group()
 
