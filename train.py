@@ -56,6 +56,7 @@ lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: 
 min_lr: float | None = None  # None: a tenth of learning_rate
 # machine
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
+dist_timeout = 600  # seconds until a silent process is given up; an evaluation or a save must fit in
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
@@ -71,6 +72,7 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -78,6 +80,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -307,16 +310,53 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End with one line on standard error, by one process of each machine."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        sys.exit(f"train.py: {message}")
-    time.sleep(2)  # or torchrun might end the one that says it before it has
-    sys.exit(1)
+    """End with one line on standard error, by one process of each machine: the first that is alive."""
+    if local_rank := int(os.environ.get("LOCAL_RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the others when one has said it
+        time.sleep(2 * local_rank)
+    tqdm.write(f"train.py: {message}", file=sys.stderr)
+    WRITER.shutdown()
+    sys.stdout.flush()
+    os._exit(1)  # sys.exit might wait for processes that are lost
+
+
+def fail_if_known(error: Exception) -> None:
+    """End with advice where the error in the middle of a run is not the fault of our code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", text):
+        change = "halve the one and double the other, and a step sees the same windows; or lower block_size"
+        fail(f"out of memory with {batch_size=} and {gradient_accumulation_steps=}: {change}")
+    if isinstance(error, dist.DistError) or re.search("gloo|NCCL", text):
+        cause = text.split("] ", 1)[-1].split(". ")[0][:200]
+        what = f"another process died, or was silent for {dist_timeout=} seconds ({cause})"
+        fail(f"{what}; go on from {out_dir}/ckpt.pt with --init_from=resume")
+
+
+def new_store(timeout: timedelta) -> dist.Store:
+    """torchrun's key-value store, under a prefix of this start alone, which process 0 tells the others.
+
+    After a restart the store still has the addresses of the processes before: who read those would hang.
+    """
+    store, prefix = next(dist.rendezvous("env://", timeout=timeout))[0], os.urandom(8).hex()
+    if rank > 0:
+        store.set(f"question {rank}", prefix)
+        prefix = store.get(f"answer {prefix}").decode()
+        store.add(f"{prefix} known", 1)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while rank == 0 and store.add(f"{prefix} known", 0) < world_size - 1:
+        for question in (f"question {other}" for other in range(1, world_size)):
+            if store.check([question]):
+                store.set(f"answer {store.get(question).decode()}", prefix)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("not all of them have started")
+        time.sleep(0.05)
+    return dist.PrefixStore(prefix, store)
 
 
 def check_settings(given: dict[str, Any]) -> None:
     """End where the settings cannot work, before anything is begun."""
     at_least_1 = "eval_interval log_interval gradient_accumulation_steps batch_size block_size stride"
+    at_least_1 += " dist_timeout"
     at_least_0 = "max_iters max_epochs eval_iters warmup_iters lr_decay_iters seed grad_clip weight_decay"
     at_least_0 += " learning_rate min_lr beta1 beta2 keep_checkpoints"
     for least, names in enumerate((at_least_0, at_least_1)):
@@ -388,9 +428,9 @@ def main(given: dict[str, Any]) -> None:
         elif backend == "nccl":
             fail(f"backend=nccl needs CUDA GPUs, the device is {use_device}; use --backend=gloo")
         # tensors on a GPU go by nccl, the few numbers on the CPU by gloo
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" and backend != "gloo" else "gloo"
-        )
+        both = "cpu:gloo,cuda:nccl" if device_type == "cuda" and backend != "gloo" else "gloo"
+        wait = timedelta(seconds=dist_timeout)
+        dist.init_process_group(both, timeout=wait, store=new_store(wait), rank=rank, world_size=world_size)
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     autocast = nullcontext()
@@ -620,4 +660,8 @@ def main(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(given)
+    try:
+        main(given)
+    except (MemoryError, RuntimeError) as error:
+        fail_if_known(error)
+        raise
