@@ -19,6 +19,7 @@ log_interval = 1  # steps between lines of training loss
 eval_iters = 200  # batches of each split in an evaluation, evenly spaced; 0: the whole split
 eval_only = False  # evaluate once and stop; nothing is written
 always_save_checkpoint = True  # False: ckpt.pt only when the validation loss improves (or on a signal)
+keep_checkpoints = 0  # how many of the latest stay as ckpt_<step>.pt, beside ckpt.pt and best.pt
 init_from = "scratch"  # scratch, resume (out_dir's ckpt.pt), gpt2 and its sizes, or the path of a checkpoint
 # data
 dataset = "pydocs"  # a folder of data/
@@ -59,6 +60,7 @@ lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: 
 min_lr: float | None = None  # where learning_rate ends; None: a tenth of it, or 0 with linear and wsd
 # machine
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
+dist_timeout = 600  # seconds until a silent process is given up; an evaluation or a save must fit in
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
@@ -74,12 +76,15 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -93,6 +98,7 @@ from model import GPT, GPTConfig, load_checkpoint, pick_device
 from prepare import DataError, load_tokenizer, weights_path
 
 SAMPLE_TOKENS = 100
+WRITER = ThreadPoolExecutor(1)  # writes checkpoints while training goes on
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -229,9 +235,42 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def append_line(path: Path, line: str) -> None:
-    with open(path, "a") as file:
-        file.write(line + "\n")
+def on_cpu(state: Any, copies: dict[Any, torch.Tensor]) -> Any:
+    """A copy in CPU memory of tensors in dicts and lists; what is one tensor stays one, found in copies."""
+    if isinstance(state, dict):
+        return {key: on_cpu(value, copies) for key, value in state.items()}
+    if isinstance(state, list):
+        return [on_cpu(value, copies) for value in state]
+    if not isinstance(state, torch.Tensor):
+        return state
+    key = state.data_ptr(), state.shape
+    copies[key] = copies[key] if key in copies else state.detach().to("cpu", copy=True)
+    return copies[key]
+
+
+def write_checkpoint(run: Path, state: dict[str, Any], improved: bool, keep: int) -> bool:
+    """Write best.pt where improved, without the optimizer, and ckpt.pt; return whether that went well.
+
+    The latest keep files of ckpt.pt stay as ckpt_<step>.pt too, older ones go.
+    """
+
+    def write(path: Path, state: dict[str, Any]) -> bool:
+        return written(path, lambda: write_atomically(path, lambda file: torch.save(state, file)))
+
+    if improved:
+        write(run / "best.pt", {key: state[key] for key in state if key not in ("optimizer", "scaler")})
+    saved = write(run / "ckpt.pt", state)
+    if saved and keep:
+        path = run / f"ckpt_{state['step']}.pt"
+        path.unlink(missing_ok=True)
+        try:
+            os.link(run / "ckpt.pt", path)
+        except OSError:  # a filesystem without hard links
+            write(path, state)
+        kept = [path for path in run.glob("ckpt_*.pt") if path.stem[5:].isdigit()]
+        for path in sorted(kept, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
+            path.unlink()
+    return saved
 
 
 def written(path: Path, write: Callable[[], Any]) -> bool:
@@ -241,7 +280,7 @@ def written(path: Path, write: Callable[[], Any]) -> bool:
         return True
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         reason = str(error).splitlines()[0]
-        print(f"train.py: {path} not written, what was there stays: {reason}", file=sys.stderr)
+        tqdm.write(f"train.py: {path} not written, what was there stays: {reason}", file=sys.stderr)
         return False
 
 
@@ -282,18 +321,55 @@ def plot_losses(metrics: list[dict[str, Any]], path: Path) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End with one line on standard error, by one process of each machine."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        sys.exit(f"train.py: {message}")
-    time.sleep(2)  # or torchrun might end the one that says it before it has
-    sys.exit(1)
+    """End with one line on standard error, by one process of each machine: the first that is alive."""
+    if local_rank := int(os.environ.get("LOCAL_RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the others when one has said it
+        time.sleep(2 * local_rank)
+    tqdm.write(f"train.py: {message}", file=sys.stderr)
+    WRITER.shutdown()
+    sys.stdout.flush()
+    os._exit(1)  # sys.exit might wait for processes that are lost
+
+
+def fail_if_known(error: Exception) -> None:
+    """End with advice where the error in the middle of a run is not the fault of our code."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", text):
+        change = "halve the one and double the other, and a step sees the same windows; or lower block_size"
+        fail(f"out of memory with {batch_size=} and {gradient_accumulation_steps=}: {change}")
+    if isinstance(error, dist.DistError) or re.search("gloo|NCCL", text):
+        cause = text.split("] ", 1)[-1].split(". ")[0][:200]
+        what = f"another process died, or was silent for {dist_timeout=} seconds ({cause})"
+        fail(f"{what}; go on from {out_dir}/ckpt.pt with --init_from=resume")
+
+
+def new_store(timeout: timedelta) -> dist.Store:
+    """torchrun's key-value store, under a prefix of this start alone, which process 0 tells the others.
+
+    After a restart the store still has the addresses of the processes before: who read those would hang.
+    """
+    store, prefix = next(dist.rendezvous("env://", timeout=timeout))[0], os.urandom(8).hex()
+    if rank > 0:
+        store.set(f"question {rank}", prefix)
+        prefix = store.get(f"answer {prefix}").decode()
+        store.add(f"{prefix} known", 1)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while rank == 0 and store.add(f"{prefix} known", 0) < world_size - 1:
+        for question in (f"question {other}" for other in range(1, world_size)):
+            if store.check([question]):
+                store.set(f"answer {store.get(question).decode()}", prefix)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError("not all of them have started")
+        time.sleep(0.05)
+    return dist.PrefixStore(prefix, store)
 
 
 def check_settings(given: dict[str, Any]) -> None:
     """End where the settings cannot work, before anything is begun."""
     at_least_1 = "eval_interval log_interval gradient_accumulation_steps batch_size block_size stride"
+    at_least_1 += " dist_timeout"
     at_least_0 = "max_iters max_epochs eval_iters warmup_iters lr_decay_iters seed grad_clip weight_decay"
-    at_least_0 += " learning_rate muon_learning_rate min_lr beta1 beta2"
+    at_least_0 += " learning_rate muon_learning_rate min_lr beta1 beta2 keep_checkpoints"
     for least, names in enumerate((at_least_0, at_least_1)):
         for name in names.split():
             if globals()[name] is not None and globals()[name] < least:
@@ -325,6 +401,7 @@ def restore_settings(checkpoint: dict[str, Any], given: dict[str, Any]) -> None:
 def main(given: dict[str, Any]) -> None:
     """The whole run. given: the settings that are not left at their defaults, as configure returns them."""
     run, resume, checkpoint = Path(out_dir), init_from == "resume", None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     try:
         if init_from != "scratch":
             checkpoint = load_checkpoint(str(run / "ckpt.pt") if resume else weights_path(init_from))
@@ -339,14 +416,18 @@ def main(given: dict[str, Any]) -> None:
             torch.cuda.set_device(gpu)  # before the first tensor, or each process would hold memory of cuda:0
         use_device, use_dtype = pick_device(device, dtype)
         train_data, val_data, meta = load_dataset(dataset)
+        config = {name: globals()[name] for name in read_settings(globals())}
+        if (run / "ckpt.pt").exists() and not resume and not eval_only:
+            if restarted:  # by torchrun, after a process died
+                checkpoint = load_checkpoint(str(run / "ckpt.pt"))
+                resume = checkpoint.get("config") == config  # else it is another run's
+            if not resume:
+                fail(f"{run} holds a run: add --init_from=resume, or choose another --out_dir, or delete it")
     except (OSError, ValueError) as error:
         fail(str(error))
-    if (run / "ckpt.pt").exists() and not resume and not eval_only:
-        fail(f"{run} holds a run: go on with --init_from=resume, or choose another --out_dir, or delete it")
     if checkpoint and checkpoint.get("meta", meta)["tokenizer"] != meta["tokenizer"]:
         theirs = checkpoint["meta"].get("dataset")
         fail(f"data/{dataset} has another tokenizer than the checkpoint's dataset; use --dataset={theirs}")
-    config = {name: globals()[name] for name in read_settings(globals())}
 
     # machine
     device_type = use_device.split(":")[0]
@@ -358,9 +439,9 @@ def main(given: dict[str, Any]) -> None:
         elif backend == "nccl":
             fail(f"backend=nccl needs CUDA GPUs, the device is {use_device}; use --backend=gloo")
         # tensors on a GPU go by nccl, the few numbers on the CPU by gloo
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device_type == "cuda" and backend != "gloo" else "gloo"
-        )
+        both = "cpu:gloo,cuda:nccl" if device_type == "cuda" and backend != "gloo" else "gloo"
+        wait = timedelta(seconds=dist_timeout)
+        dist.init_process_group(both, timeout=wait, store=new_store(wait), rank=rank, world_size=world_size)
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
     autocast = nullcontext()
@@ -399,9 +480,10 @@ def main(given: dict[str, Any]) -> None:
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     checkpoint = None  # give its memory back
-    compiled = (
-        torch.compile(model) if compile is True or (compile, device_type) == ("auto", "cuda") else model
-    )
+    if sum_over_processes(step) != step * world_size:
+        fail(f"not every machine finds the same checkpoint in {run}: it must be one folder that all share")
+    compiles = compile is True or (compile, device_type) == ("auto", "cuda")
+    compiled = torch.compile(model) if compiles else model
     parallel = DistributedDataParallel(compiled) if world_size > 1 else compiled
 
     # batches and schedule
@@ -418,9 +500,9 @@ def main(given: dict[str, Any]) -> None:
         fail(f"a step of {rows} windows of {block_size} tokens is more than data/{dataset}/train.bin holds")
     last_step = max_iters if max_epochs is None else max_epochs * steps_per_epoch
     decay_step = last_step if lr_decay_iters is None else lr_decay_iters
-    lowest_lr = (
-        (0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10) if min_lr is None else min_lr
-    )
+    lowest_lr = min_lr
+    if min_lr is None:
+        lowest_lr = 0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10
     splits = [(d, eval_starts(len(d), block_size, eval_iters * batch_size)) for d in (train_data, val_data)]
 
     # what comes out; a resume cuts metrics.jsonl to its checkpoint's step
@@ -451,24 +533,32 @@ def main(given: dict[str, Any]) -> None:
                     sys.stdout = open(os.devnull, "w")
 
     def log(line: dict[str, float | None]) -> None:
+        def append() -> None:
+            with open(run / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
         if writes:
             metrics.append(line)
-            written(run / "metrics.jsonl", lambda: append_line(run / "metrics.jsonl", json.dumps(line)))
+            written(run / "metrics.jsonl", append)
 
-    def save(name: str) -> bool:
-        """Write ckpt.pt, or best.pt, which goes without the optimizer; whether that went well."""
+    def save(improved: bool) -> None:
+        """Copy the state and let it be written, to best.pt too where improved, while training goes on."""
+        nonlocal saving
+        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+            stop_not_finite(f"step {step}: weights that are not finite")
         if not writes:
-            return True
-        state = {
-            "model": model.state_dict(),
-            "model_args": asdict(model.config),
-            "config": config,
-            "meta": meta,
-        }
+            return
+        saving.result()  # one copy in memory, and one file on its way, at a time
+        state = {"model": model.state_dict(), "model_args": asdict(model.config)}
+        state |= {"config": config, "meta": meta}
+        state |= {"optimizer": [one.state_dict() for one in optimizers], "scaler": scaler.state_dict()}
         state |= {"step": step, "tokens": tokens, "seconds": seconds, "best_val_loss": best_val_loss}
-        if name == "ckpt.pt":
-            state |= {"optimizer": [one.state_dict() for one in optimizers], "scaler": scaler.state_dict()}
-        return written(run / name, lambda: write_atomically(run / name, lambda file: torch.save(state, file)))
+        saving = WRITER.submit(write_checkpoint, run, on_cpu(state, {}), improved, keep_checkpoints)
+
+    def stop_not_finite(what: str) -> NoReturn:
+        saving.result()
+        good = f"{run}/ckpt.pt, go on from it with" if (run / "ckpt.pt").exists() else "none yet, try"
+        fail(f"{what} at learning rate {lr:.3g}; the last good state is {good} a lower learning_rate")
 
     def sample() -> str:
         model.eval()
@@ -494,29 +584,29 @@ def main(given: dict[str, Any]) -> None:
     say(f"{model.num_params():,} parameters on {use_device}, {use_dtype}; {tokens_per_step:,} tokens a step")
     if step >= last_step and not eval_only:
         say(f"the run is at step {step} already; to go on, raise max_iters")
-    logged_step, logged_seconds, stopping, saved = step, seconds, False, True
+    if restarted and resume:
+        say(f"started again by torchrun: goes on from step {step} of {run}/ckpt.pt")
+    logged_step, logged_seconds, lr, stopping = step, seconds, learning_rate, False
+    saving = WRITER.submit(bool, True)
+    skipped = torch.zeros((), dtype=torch.int64, device=use_device)  # steps whose gradient was not finite
     while True:
         if step % eval_interval == 0 or step >= last_step or eval_only:
-            train_loss, val_loss = (
-                evaluate(compiled, data, starts, use_device, autocast) for data, starts in splits
-            )
+            train_loss, val_loss = (evaluate(compiled, *split, use_device, autocast) for split in splits)
             losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
             say(f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}")
             if not math.isfinite(train_loss + val_loss):
-                fail(f"step {step}: the loss is not finite; the last good state is {run}/ckpt.pt")
+                stop_not_finite(f"step {step}: {losses}")
             line = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
             log(line | {"tokens": tokens, "seconds": seconds})
             improved = val_loss < best_val_loss
-            if improved:
-                best_val_loss = val_loss
-                save("best.pt")
+            best_val_loss = min(val_loss, best_val_loss)
             if improved or always_save_checkpoint:
-                saved = save("ckpt.pt")
+                save(improved)
             if writes:
                 written(run / "loss.png", lambda: plot_losses(metrics, run / "loss.png"))
             if prompt:
                 say(sample())
-        if step >= last_step or stopping or eval_only:
+        if step >= last_step or eval_only:
             break
 
         started = time.perf_counter()
@@ -539,8 +629,9 @@ def main(given: dict[str, Any]) -> None:
         for one in optimizers:
             scaler.unscale_(one)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        skipped += ~grad_norm.isfinite()
         for one in optimizers:
-            scaler.step(one)
+            scaler.step(one)  # float16's scaler passes over such a step, and lowers its scale
         scaler.update()
         model.zero_grad(set_to_none=True)
         step += 1
@@ -550,43 +641,48 @@ def main(given: dict[str, Any]) -> None:
         logs = (step - 1) % log_interval == 0 or stopping
         if logs:
             mean_loss, norm = sum_over_processes(loss_sum.item()) / world_size, grad_norm.item()
-            if not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-                fail(
-                    f"iter {step - 1}: loss {mean_loss}, gradient norm {norm} at learning rate {lr:.3g}; "
-                    f"the last good state is {run}/ckpt.pt, go on from it with a lower learning_rate"
-                )
+            skips, skipped = skipped.item(), torch.zeros_like(skipped)
+            if not math.isfinite(mean_loss) or skips and not scaler.is_enabled():
+                stop_not_finite(f"iter {step - 1}: loss {mean_loss}, gradient norm {norm}")
         elif device_type == "cuda" and step % eval_interval == 0:
             torch.cuda.synchronize()  # or the rest of this step's time would go to the evaluation
         seconds += time.perf_counter() - started
         if logs:
             speed = (step - logged_step) * tokens_per_step / (seconds - logged_seconds)
             logged_step, logged_seconds = step, seconds
-            say(f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, {speed:,.0f} tokens/s")
+            also = f", float16 overflowed: {skips} skipped" if skips else ""
+            say(f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, {speed:,.0f} tokens/s{also}")
             bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
             line = {"step": step - 1, "loss": mean_loss, "lr": lr}
             line["grad_norm"] = norm if math.isfinite(norm) else None  # where float16 overflowed
+            line |= {"skipped": skips} if skips else {}
             log(line | {"tokens": tokens, "tokens_per_second": speed, "seconds": seconds})
         if stopping:
-            saved = save("ckpt.pt")
+            save(False)
+            break
 
     bar.close()
-    if not saved:
+    if not saving.result():
         fail(f"the end of the run is lost: {run}/ckpt.pt could not be written")
     if stopping:
-        arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")] + [
-            "--init_from=resume"
-        ]
-        command = f"python train.py {shlex.join(arguments)}"
+        arguments = [arg for arg in sys.argv[1:] if not arg.startswith("--init_from=")]
+        launch, nodes = "python", os.environ.get("GROUP_WORLD_SIZE", "1")
         if world_size > 1:
-            command = "the same torchrun command and --init_from=resume"
+            several = f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=FIRST_HOST:29500"
+            launch = f"torchrun {'--standalone' if nodes == '1' else several}"
+            launch += f" --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size)}"
+        command = f"{launch} train.py {shlex.join([*arguments, '--init_from=resume'])}"
         say(f"stopped after {step} steps, saved; go on with: {command}")
     if world_size > 1:
-        del (
-            parallel
-        )  # while it holds the process group, gloo's threads outlive the interpreter: an abort at exit
+        # while it holds the process group, gloo's threads outlive the interpreter: an abort at exit
+        del parallel
         gc.collect()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(given)
+    try:
+        main(given)
+    except (MemoryError, RuntimeError) as error:
+        fail_if_known(error)
+        raise

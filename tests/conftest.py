@@ -46,14 +46,19 @@ def run(*args, cwd, check=True, env=None, timeout=300):
     return done
 
 
-def run_on_a_full_disk(limit, script, *args, cwd, env=None):
-    """Run a script of ours whose files may not grow past limit bytes, which stands for a full disk."""
+def run_limited(kind, limit, script, *args, cwd, env=None):
+    """Run a script of ours under a limit of the resource module's, in bytes."""
     path = str(REPO / script)
     code = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+    code += f"resource.setrlimit(resource.{kind}, ({limit}, {limit}));"
     code += f"sys.path.insert(0, {str(REPO)!r}); sys.argv[0] = {path!r};"
     code += f"runpy.run_path({path!r}, run_name='__main__')"
     return run("-c", code, *args, cwd=cwd, check=False, env=env)
+
+
+def run_on_a_full_disk(limit, script, *args, cwd, env=None):
+    """Run a script of ours whose files may not grow past limit bytes, which stands for a full disk."""
+    return run_limited("RLIMIT_FSIZE", limit, script, *args, cwd=cwd, env=env)
 
 
 def refused(script, *args, cwd, env=None):

@@ -4,15 +4,12 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, metrics, needs_mirror, refused, run, run_on_a_full_disk
+from conftest import TINY, metrics, needs_mirror, refused, run, run_on_a_full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,80 +113,6 @@ def test_standard_output_and_samples(workdir):
     assert re.findall(r"^iter (\d+): loss \d\.\d+, ", out, re.M) == ["0", "1", "2"]
     samples = re.split(r"^(?:step|iter) .*\n", out, flags=re.M)
     assert len([text for text in samples if text.startswith("The") and len(text) == 3 + 100 + 1]) == 3
-
-
-def same_run(a, b):
-    """Whether two runs ended with the same bits and wrote the same numbers, but for times."""
-    for name in ("ckpt.pt", "best.pt"):
-        one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
-        for key in one.keys() - {"seconds", "config", "model_args", "meta"}:
-            torch.testing.assert_close(one[key], other[key], atol=0, rtol=0)
-    return all(
-        metrics(a, key) == metrics(b, key) for key in ("loss", "val_loss", "train_loss", "grad_norm", "lr")
-    )
-
-
-RESUMED = [*TINY, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=150"]
-
-
-@pytest.mark.parametrize("order, optimizer", [("random", "muon"), ("epoch", "adamw")])
-def test_a_killed_run_resumes_to_the_same_bits(workdir, order, optimizer):
-    """kill -9 at some step past a checkpoint, then resume without a word on the settings."""
-    args = [*RESUMED, f"--data_order={order}", f"--optimizer={optimizer}"]
-    run("train.py", *args, f"--out_dir=out/whole_{order}", cwd=workdir)
-    killed = workdir / "out" / f"killed_{order}"
-    with subprocess.Popen(
-        [sys.executable, REPO / "train.py", *args, f"--out_dir={killed}"], cwd=workdir, stdout=subprocess.PIPE
-    ) as process:
-        for line in process.stdout:
-            if line.startswith(b"iter 27:"):
-                process.kill()
-    step = torch.load(killed / "ckpt.pt", weights_only=True)["step"]
-    with open(killed / "metrics.jsonl", "a") as file:
-        file.write('{"step": 28, "lo')  # a line that the kill cut
-    done = run("train.py", "--init_from=resume", f"--out_dir={killed}", cwd=workdir)
-    assert 20 <= step < 150 and f"iter {step}:" in done.stdout and f"iter {step - 1}:" not in done.stdout
-    assert same_run(workdir / "out" / f"whole_{order}", killed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_how_to_go_on(workdir, number):
-    folder = f"out/signal_{number}"
-    args = [*RESUMED, f"--out_dir={folder}"]
-    command = [sys.executable, REPO / "train.py", *args]
-    with subprocess.Popen(command, cwd=workdir, stdout=subprocess.PIPE, encoding="utf-8") as process:
-        said = ""
-        for line in process.stdout:
-            said += line
-            if line.startswith("iter 7:"):
-                process.send_signal(number)
-    assert process.returncode == 0
-    step = torch.load(workdir / folder / "ckpt.pt", weights_only=True)["step"]
-    assert 8 <= step < 150 and f"stopped after {step} steps" in said.splitlines()[-1]
-    resume = said.splitlines()[-1].split("python train.py ")[1].split()
-    run("train.py", *resume, cwd=workdir)
-    run("train.py", *RESUMED, f"--out_dir={folder}_whole", cwd=workdir)
-    assert same_run(workdir / f"{folder}_whole", workdir / folder)
-
-
-def test_the_same_run_on_two_processes(workdir):
-    args = [*TINY, "--gradient_accumulation_steps=4", "--max_iters=50", "--eval_iters=3"]
-    run("train.py", *args, "--out_dir=out/one", cwd=workdir)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    done = run(*torchrun, *args, "--out_dir=out/two", cwd=workdir)
-    assert done.stdout.count("step 50:") == 1
-    for key in ("loss", "val_loss", "train_loss"):
-        one, two = (metrics(workdir / "out" / name, key) for name in ("one", "two"))
-        assert one.keys() == two.keys() and one == pytest.approx(two, rel=1e-4)
-    done = run(
-        *torchrun,
-        *args,
-        "--init_from=resume",
-        "--max_iters=52",
-        "--out_dir=out/one",
-        cwd=workdir,
-    )
-    assert list(metrics(workdir / "out" / "one", "loss"))[-1] == 51
 
 
 def test_muon_takes_the_matrices_of_the_blocks():

@@ -1,0 +1,304 @@
+"""Runs that go wrong, with real processes: kills, signals, lost peers, memory; and on many processes."""
+
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO, TINY, metrics, run, run_limited
+
+import train
+
+TINY = TINY.split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO = ["--standalone", "--nproc_per_node=2"]
+
+
+def same_run(a, b):
+    """Whether two runs ended with the same bits and wrote the same numbers, but for times."""
+    for name in ("ckpt.pt", "best.pt"):
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        for key in one.keys() - {"seconds", "config", "model_args", "meta"}:
+            torch.testing.assert_close(one[key], other[key], atol=0, rtol=0)
+    return all(
+        metrics(a, key) == metrics(b, key) for key in ("loss", "val_loss", "train_loss", "grad_norm", "lr")
+    )
+
+
+def start(*command, cwd, output=subprocess.PIPE):
+    """A process that prints to a pipe, and errors too, in the folder cwd."""
+    return subprocess.Popen(
+        [str(arg) for arg in command], cwd=cwd, stdout=output, stderr=subprocess.STDOUT, encoding="utf-8"
+    )
+
+
+def workers(torchrun):
+    """Process IDs of a torchrun's workers, by rank."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid), "-f", "train.py"], capture_output=True)
+    return sorted(int(pid) for pid in found.stdout.split())
+
+
+def read_until(process, beginning):
+    """What a process says up to a line that begins so."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith(beginning):
+            return said
+    raise AssertionError(f"no {beginning!r} in:\n{said}")
+
+
+# -- kills ---------------------------------------------------------------------------------------------------
+
+RESUMED = [*TINY, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=150"]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(workdir):
+    """kill -9 at some step past a checkpoint, then resume without a word on the settings."""
+    run("train.py", *RESUMED, "--out_dir=out/whole", cwd=workdir)
+    killed = workdir / "out" / "killed"
+    with start(sys.executable, REPO / "train.py", *RESUMED, f"--out_dir={killed}", cwd=workdir) as process:
+        read_until(process, "iter 27:")
+        process.kill()
+    step = torch.load(killed / "ckpt.pt", weights_only=True)["step"]
+    with open(killed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 28, "lo')  # a line that the kill cut
+    done = run("train.py", "--init_from=resume", f"--out_dir={killed}", cwd=workdir)
+    assert 20 <= step < 150 and f"iter {step}:" in done.stdout and f"iter {step - 1}:" not in done.stdout
+    assert same_run(workdir / "out" / "whole", killed)
+
+
+@pytest.mark.parametrize("optimizer", ["muon"])
+def test_twenty_kills_leave_no_trace(workdir, optimizer):
+    """kill -9 at 20 random moments, every other one inside a save; the end is the unbroken run's."""
+    args = [*RESUMED, "--max_iters=300", "--eval_interval=6", "--data_order=epoch", "--keep_checkpoints=2"]
+    args.append(f"--optimizer={optimizer}")
+    run("train.py", *args, f"--out_dir=out/unbroken_{optimizer}", cwd=workdir)
+    folder = workdir / "out" / f"twenty_{optimizer}"
+    partial = [str(folder / f"{name}.pt.partial") for name in ("best", "ckpt")]
+    draw, kills, in_saves = random.Random(20), 0, 0
+    while kills < 20:
+        resume = ["--init_from=resume"] if (folder / "ckpt.pt").exists() else args
+        with start(sys.executable, REPO / "train.py", *resume, f"--out_dir={folder}", cwd=workdir) as process:
+            for _ in range(draw.randint(1, 9)):
+                read_until(process, "iter ")
+            if kills % 2:
+                while process.poll() is None and not any(map(os.path.exists, partial)):
+                    pass
+            else:
+                time.sleep(draw.random() / 50)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        kills, in_saves = kills + 1, in_saves + any(map(os.path.exists, partial))
+    assert in_saves >= 5
+    run("train.py", "--init_from=resume", f"--out_dir={folder}", cwd=workdir)
+    assert same_run(workdir / "out" / f"unbroken_{optimizer}", folder)
+    files = {"ckpt.pt", "best.pt", "ckpt_294.pt", "ckpt_300.pt", "metrics.jsonl", "loss.png"}
+    assert {path.name for path in folder.iterdir()} == files
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(workdir, number):
+    folder = f"out/signal_{number}"
+    with start(sys.executable, REPO / "train.py", *RESUMED, f"--out_dir={folder}", cwd=workdir) as process:
+        read_until(process, "iter 7:")
+        process.send_signal(number)
+        said = process.stdout.read()
+    assert process.returncode == 0
+    step = torch.load(workdir / folder / "ckpt.pt", weights_only=True)["step"]
+    assert 8 <= step < 150 and f"stopped after {step} steps" in said.splitlines()[-1]
+    run("train.py", *said.splitlines()[-1].split("python train.py ")[1].split(), cwd=workdir)
+    if not (workdir / "out" / "whole").exists():
+        run("train.py", *RESUMED, "--out_dir=out/whole", cwd=workdir)
+    assert same_run(workdir / "out" / "whole", workdir / folder)
+
+
+def test_a_second_signal_exits_at_once(workdir):
+    args = [*TINY, "--gradient_accumulation_steps=100000", "--max_iters=2", "--out_dir=out/second"]
+    with start(sys.executable, REPO / "train.py", *args, cwd=workdir) as process:
+        read_until(process, "step 0:")
+        process.terminate()
+        time.sleep(2)
+        assert process.poll() is None  # in the middle of a step of minutes
+        process.terminate()
+        assert "iter 0:" not in process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+# -- any number of processes and machines --------------------------------------------------------------------
+
+SHARED = [*TINY, "--gradient_accumulation_steps=4", "--max_iters=100", "--eval_iters=3"]
+
+
+@pytest.fixture(scope="session")
+def alone(workdir):
+    """out/alone: one process's run, which any number of processes must repeat."""
+    run("train.py", *SHARED, "--out_dir=out/alone", cwd=workdir)
+    return workdir / "out" / "alone"
+
+
+def assert_close(run, alone):
+    for key in ("loss", "val_loss", "train_loss"):
+        many, one = metrics(run, key), metrics(alone, key)
+        assert {step: many.get(step) for step in one} == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_same_run_on_any_number_of_processes(workdir, alone, processes):
+    """The one-process losses and evaluations; half-way on, another number of processes takes over."""
+    folder = workdir / "out" / f"on_{processes}"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"]
+    done = run(*torchrun, *SHARED, f"--out_dir={folder}", "--max_iters=50", cwd=workdir)
+    assert done.stdout.count("step 50:") == 1  # one process speaks
+    assert metrics(folder, "val_loss")[0] == pytest.approx(metrics(alone, "val_loss")[0], rel=1e-6)
+    other = ["train.py"] if processes == 4 else [*torchrun[:3], "--nproc_per_node=4", "train.py"]
+    run(*other, "--init_from=resume", "--max_iters=100", "--eval_iters=3", f"--out_dir={folder}", cwd=workdir)
+    assert_close(folder, alone)
+
+
+@pytest.mark.parametrize("to", ["torchrun", "worker"])
+def test_a_signal_stops_all_processes_together(workdir, alone, to):
+    folder = workdir / "out" / f"signal_{to}"
+    with start(*TORCHRUN, *TWO, REPO / "train.py", *SHARED, f"--out_dir={folder}", cwd=workdir) as process:
+        read_until(process, "iter 7:")
+        os.kill(process.pid if to == "torchrun" else workers(process)[1], signal.SIGTERM)
+        said = process.stdout.read()
+    assert to == "torchrun" or process.returncode == 0  # torchrun itself makes a failure of a signal to it
+    step = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
+    command = re.search(rf"^stopped after {step} steps, saved; go on with: torchrun (.*)$", said, re.M)
+    assert 8 <= step < 100 and not re.search(rf"^iter {step}:", said, re.M)
+    run(*TORCHRUN[1:], *shlex.split(command[1]), cwd=workdir)  # the command as it is written
+    assert_close(folder, alone)
+
+
+def test_two_machines(workdir, alone):
+    """The README's command on two nodes, which are this machine twice."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    flags = re.search(r"^torchrun (--nnodes=2 .*) train.py", readme, re.M)[1]
+    flags = flags.replace("FIRST_HOST:29500", f"127.0.0.1:{port}").replace("node=4", "node=1").split()
+    folder = workdir / "out" / "nodes"
+    command = [*TORCHRUN, *flags, REPO / "train.py", *SHARED, f"--out_dir={folder}"]
+    with start(*command, cwd=workdir) as one, start(*command, cwd=workdir) as two:
+        said = one.communicate()[0], two.communicate()[0]
+    assert one.returncode == two.returncode == 0, said
+    assert sum("iter 0:" in text for text in said) == 1
+    assert_close(folder, alone)
+
+
+def test_torchrun_brings_a_killed_run_back(workdir, alone):
+    folder = workdir / "out" / "elastic"
+    command = [*TORCHRUN, *TWO, "--max-restarts=3", REPO / "train.py", *SHARED, f"--out_dir={folder}"]
+    with start(*command, cwd=workdir) as process:
+        for beginning, victim in (("iter 25:", 1), ("iter 45:", 0)):
+            read_until(process, beginning)
+            os.kill(workers(process)[victim], signal.SIGKILL)
+        said = process.stdout.read()
+    assert process.returncode == 0, said
+    assert re.findall(r"started again by torchrun: goes on from step (\d+)", said), said
+    assert_close(folder, alone)
+
+
+def test_another_runs_folder_is_not_resumed(trained, workdir):
+    """However often torchrun tries."""
+    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    args = ["--standalone", "--max-restarts=1", REPO / "train.py", *TINY, f"--out_dir={trained}"]
+    done = run(*TORCHRUN[1:], *args, cwd=workdir, check=False)
+    assert done.returncode and done.stderr.count("holds a run: add --init_from=resume") == 2
+    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
+@pytest.mark.parametrize("number, victim", [(signal.SIGSTOP, 0), (signal.SIGKILL, 1)])
+def test_a_lost_process_ends_the_run(workdir, number, victim):
+    """One hangs, or is gone: the other says so, once, and how to go on."""
+    folder = workdir / "out" / f"lost_{number}"
+    args = [*SHARED, "--max_iters=100000", "--dist_timeout=10", f"--out_dir={folder}"]
+    with start(*TORCHRUN, *TWO, REPO / "train.py", *args, cwd=workdir) as process:
+        read_until(process, "iter 7:")
+        pid = workers(process)[victim]
+        os.kill(pid, number)
+        said = read_until(
+            process, "train.py: another process died, or was silent for dist_timeout=10 seconds"
+        )
+        if number == signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)  # or torchrun would wait half a minute for it
+        after = process.stdout.read()
+    assert process.returncode and f"go on from {folder}/ckpt.pt with --init_from=resume" in said
+    assert 'train.py", line' not in said + after  # the one traceback is torchrun's own
+
+
+# -- numbers and memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows do not limit memory so")
+def test_out_of_memory_names_the_settings(workdir):
+    args = [*TINY, "--batch_size=1000000", "--out_dir=out/memory"]
+    done = run_limited("RLIMIT_AS", 4 << 30, "train.py", *args, cwd=workdir)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert line.startswith(
+        "train.py: out of memory with batch_size=1000000 and gradient_accumulation_steps=1"
+    )
+    assert "halve" in line and "double" in line
+
+
+def test_float16_counts_the_steps_that_overflow(workdir):
+    """A scale far too large: each step that overflows halves it and changes nothing else; all are counted."""
+    folder = workdir / "out" / "half"
+    args = ["--dtype=float16", "--max_iters=20", "--log_interval=7", f"--out_dir={folder}"]
+    run("train.py", *TINY, *args, cwd=workdir)
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert checkpoint["scaler"]["scale"] == 2**16 and not metrics(folder, "skipped")
+    checkpoint["scaler"]["scale"] = 2.0**30
+    torch.save(checkpoint, folder / "ckpt.pt")
+    done = run("train.py", "--init_from=resume", "--max_iters=57", f"--out_dir={folder}", cwd=workdir)
+    skipped = sum(metrics(folder, "skipped").values())
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert 5 < skipped < 25 and checkpoint["scaler"]["scale"] == 2.0 ** (30 - skipped)
+    assert checkpoint["optimizer"]["state"][0]["step"] == 57 - skipped
+    assert re.search(r"^iter \d+: loss .*, float16 overflowed: \d+ skipped$", done.stdout, re.M)
+
+
+def test_weights_that_are_not_finite_are_never_saved(workdir):
+    """Not by a signal either, while no line of the log has looked at a loss."""
+    args = [*TINY, "--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", "--max_iters=1000000"]
+    args += ["--log_interval=1000000", "--eval_interval=1000000", "--out_dir=out/unseen"]
+    with start(sys.executable, REPO / "train.py", *args, cwd=workdir) as process:
+        read_until(process, "iter 0:")
+        process.terminate()
+        said = process.stdout.read()
+    assert process.returncode == 1
+    assert re.search(r"^train.py: iter \d+: loss nan, .* learning rate .*out/unseen/ckpt.pt", said, re.M), (
+        said
+    )
+    good = torch.load(workdir / "out" / "unseen" / "ckpt.pt", weights_only=True)
+    assert good["step"] == 0 and all(tensor.isfinite().all() for tensor in good["model"].values())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_latest_checkpoints_are_kept(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: os.stat("/no hard links here"))
+    for name in ("ckpt_mine.pt", "ckpt_.pt"):
+        (tmp_path / name).touch()
+    for step in (100, 200, 30, 40, 40):  # back to an earlier step, by hand: the latest are the latest written
+        state = {"model": {"weight": torch.full((3,), step)}, "optimizer": {}, "scaler": {}, "step": step}
+        assert train.write_checkpoint(tmp_path, state, step == 100, keep=2)
+    names = {"best.pt", "ckpt.pt", "ckpt_30.pt", "ckpt_40.pt", "ckpt_mine.pt", "ckpt_.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name, step in (("ckpt_30.pt", 30), ("ckpt_40.pt", 40), ("ckpt.pt", 40)):
+        assert torch.load(tmp_path / name, weights_only=True)["step"] == step
+    assert torch.load(tmp_path / "best.pt", weights_only=True).keys() == {"model", "step"}
+    assert (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt_40.pt") == links
