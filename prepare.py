@@ -3,6 +3,7 @@
     python prepare.py                              # pydocs: Python's own reference, nothing is downloaded
     python prepare.py shakespeare_char
     python prepare.py books/ more.jsonl.gz --tokenizer=gpt2 --name=books
+    python prepare.py fineweb --shards=10          # a billion tokens of web text
     python prepare.py gpt2                         # OpenAI's weights: data/gpt2/ckpt.pt
 
 A dataset is train.bin and val.bin (little-endian uint16 token IDs, no header) and meta.json. Text is read twice,
@@ -68,7 +69,10 @@ CORPORA = {  # name: (its tokenizer unless --tokenizer says otherwise, where it 
     "shakespeare_char": ("char", TINY_SHAKESPEARE),
     "shakespeare": ("gpt2", TINY_SHAKESPEARE),
     "verdict": ("gpt2", THE_VERDICT),
+    "fineweb": ("gpt2", None),
 }
+FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06}.bin"
+FINEWEB_HEADER = 256  # int32: a magic number, the version, how many uint16 token IDs follow, zeros
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 GPT2_FILES = "checkpoint encoder.json hparams.json model.ckpt.index model.ckpt.meta vocab.bpe"
@@ -487,6 +491,22 @@ def write_dataset(
         return write_bins(name, ids, tokenizer, sources) | {"documents": count, "characters": characters}
 
 
+def prepare_fineweb(name: str, shards: int) -> dict[str, Any]:
+    """FineWeb's first shards of 100M GPT-2 IDs, and one to validate, into data/<name>/. Raises DataError."""
+    urls = {FINEWEB_URL.format("train", i + 1): "train" for i in range(shards)}
+    urls[FINEWEB_URL.format("val", 0)] = "val"
+    sources, ids = [], []
+    for url, split in urls.items():
+        path = cached(url)
+        magic, version, tokens = (*np.fromfile(path, "<i4", FINEWEB_HEADER), 0, 0, 0)[:3]
+        if (magic, version) != (20240520, 1) or path.stat().st_size != 4 * FINEWEB_HEADER + 2 * int(tokens):
+            path.unlink()
+            raise DataError(f"{url} came as something else than a shard of token IDs; run it again")
+        sources.append({"url": url, "sha256": file_sha256(path)})
+        ids.append((split, np.memmap(path, "<u2", "r", 4 * FINEWEB_HEADER)))
+    return write_bins(name, ids, GPT2Tokenizer, sources)
+
+
 def write_bins(name: str, ids: Iterable[tuple[str, Any]], tokenizer: Any, sources: list) -> dict[str, Any]:
     """data/<name>/ of (split, uint16 token IDs) as they come; returns what meta.json holds. Raises DataError."""
     meta = {"dataset": name, "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size}
@@ -619,6 +639,7 @@ def main() -> None:
     add("--tokenizer", choices=list(TOKENIZERS), help="default: the corpus's own; char for yours")
     add("--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)")
     add("--name", help="the folder in data/; default: the corpus's or the first file's name")
+    add("--shards", type=int, default=1, help="of fineweb, 100M tokens each (%(default)s)")
     add("--text_key", default="text", help="what a line of .jsonl calls its text (%(default)s)")
     add("--errors", choices=["strict", "replace"], default="strict", help="where text is not UTF-8")
     add("--max_vocab", type=int, default=0, help="of --tokenizer=word: as many, the frequent words")
@@ -655,28 +676,33 @@ def prepare(args: argparse.Namespace, names: list[str]) -> str:
     kind = args.tokenizer or own_kind
     if args.max_vocab and (kind != "word" or not 2 < args.max_vocab <= MAX_VOCAB):
         raise DataError(f"--max_vocab is for --tokenizer=word, from 3 to {MAX_VOCAB}")
-    if alone and url:
-        documents, sources = Texts([str(cached(*url))]), [{"url": url[0], "sha256": url[1]}]
-    elif args.what == ["pydocs"]:
-        documents = [(pydocs(), True)]
-        path = f"pydoc_data.topics of Python {'.'.join(map(str, sys.version_info[:3]))}"
-        sources = [{"path": path, "sha256": hashlib.sha256(documents[0][0].encode()).hexdigest()}]
+    if args.what == ["fineweb"]:
+        if args.shards < 1 or kind != "gpt2":
+            raise DataError("fineweb comes as GPT-2 token IDs, in one shard or more: see --help")
+        meta, said = prepare_fineweb(name, args.shards), ""
     else:
-        for path in args.what:
-            if path in names and not alone:
-                raise DataError(f"one corpus at a time: python prepare.py {path}")
-            if not Path(path).exists():
-                near = difflib.get_close_matches(path, names, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise DataError(f"{path} is neither a file nor a folder nor one of {', '.join(names)}{hint}")
-        documents = Texts(args.what, args.text_key, args.errors)
-        sources = [{"path": str(path), "sha256": file_sha256(path)} for path in documents.files]
-    meta = write_dataset(name, documents, sources, kind, args.val_fraction, args.max_vocab)
-    skipped = f"; {documents.skipped:,} files are not text" if getattr(documents, "skipped", 0) else ""
-    each = meta["characters"] / (meta["train_tokens"] + meta["val_tokens"])
-    said = (
-        f"{meta['documents']:,} documents, {meta['characters']:,} characters, {each:.2f} a token{skipped}\n"
-    )
+        if alone and url:
+            documents, sources = Texts([str(cached(*url))]), [{"url": url[0], "sha256": url[1]}]
+        elif args.what == ["pydocs"]:
+            documents = [(pydocs(), True)]
+            path = f"pydoc_data.topics of Python {'.'.join(map(str, sys.version_info[:3]))}"
+            sources = [{"path": path, "sha256": hashlib.sha256(documents[0][0].encode()).hexdigest()}]
+        else:
+            for path in args.what:
+                if path in names and not alone:
+                    raise DataError(f"one corpus at a time: python prepare.py {path}")
+                if not Path(path).exists():
+                    near = difflib.get_close_matches(path, names, n=1)
+                    hint = f"; did you mean {near[0]}?" if near else ""
+                    raise DataError(
+                        f"{path} is neither a file nor a folder nor one of {', '.join(names)}{hint}"
+                    )
+            documents = Texts(args.what, args.text_key, args.errors)
+            sources = [{"path": str(path), "sha256": file_sha256(path)} for path in documents.files]
+        meta = write_dataset(name, documents, sources, kind, args.val_fraction, args.max_vocab)
+        skipped = f"; {documents.skipped:,} files are not text" if getattr(documents, "skipped", 0) else ""
+        each = meta["characters"] / (meta["train_tokens"] + meta["val_tokens"])
+        said = f"{meta['documents']:,} documents, {meta['characters']:,} characters, {each:.2f} a token{skipped}\n"
     train, val = meta["train_tokens"], meta["val_tokens"]
     said += f"data/{name}: {train:,} train and {val:,} validation tokens ({val / (train + val):.1%}), "
     return said + f"{meta['vocab_size']:,} in the vocabulary"

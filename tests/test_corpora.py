@@ -1,9 +1,10 @@
-"""Corpora of any size: pieces, processes, every wrapping of documents, interruptions."""
+"""Corpora of any size: pieces, processes, every wrapping of documents, FineWeb, interruptions."""
 
 import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from conftest import REPO, TINY, metrics, needs_mirror, refused, run, run_on_a_full_disk
+from conftest import REPO, TINY, Server, metrics, needs_mirror, refused, run, run_on_a_full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -383,6 +384,87 @@ def test_full_disk_ends_in_one_line(tmp_path):
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "File too large" in done.stderr and "make room" in done.stderr
     assert list((tmp_path / "data").iterdir()) == []
+
+
+# -- FineWeb -------------------------------------------------------------------------------------------------
+
+PLACE = "/huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
+
+
+def shard(ids, magic=20240520, version=1, tokens=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if tokens is None else tokens
+    return header.tobytes() + np.array(ids, dtype="<u2").tobytes()
+
+
+@pytest.fixture
+def fineweb(server):
+    rng = np.random.default_rng(0)
+    ids = {name: rng.integers(0, 50257, 100_000) for name in ("train_000001", "train_000002", "val_000000")}
+    Server.files = {f"{PLACE}{name}.bin": shard(some) for name, some in ids.items()}
+    return {"PLAINGPT_MIRROR": server, "HTTPS_PROXY": "http://127.0.0.1:9"}, ids  # no way round the mirror
+
+
+def test_fineweb_goes_on_where_it_was_interrupted(tmp_path, fineweb, monkeypatch):
+    env, ids = fineweb
+    second, Server.files[f"{PLACE}train_000002.bin"] = Server.files[f"{PLACE}train_000002.bin"], None
+    Server.breaks = 1
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(prepare.time, "sleep", lambda seconds: None)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with pytest.raises(prepare.DataError, match="train_000002.bin"):
+            prepare.prepare_fineweb("fineweb", 2)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".cache"]
+    first = [asked for path, asked in Server.requests if path.endswith("train_000001.bin")]
+    assert first[0] is None and re.fullmatch(r"bytes=\d+-", first[1])  # broken off, and resumed
+    Server.files[f"{PLACE}train_000002.bin"] = second
+    Server.requests.clear()
+    done = run("prepare.py", "fineweb", "--shards=2", cwd=tmp_path, env=env)
+    assert {path.split("fineweb_")[1] for path, _ in Server.requests} == {
+        "train_000002.bin",
+        "val_000000.bin",
+    }
+    folder = tmp_path / "data" / "fineweb"
+    written = bins(folder)
+    whole = np.concatenate([ids["train_000001"], ids["train_000002"]])
+    assert written["train.bin"] == whole.astype("<u2").tobytes()
+    assert written["val.bin"] == ids["val_000000"].astype("<u2").tobytes()
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (200_000, 100_000, 50257)
+    assert meta["tokenizer"] == {"type": "gpt2"} and len(meta["sources"]) == 3
+    assert all(set(source) == {"url", "sha256"} for source in meta["sources"])
+    assert "200,000 train and 100,000 validation tokens" in done.stdout
+    Server.requests.clear()
+    run("prepare.py", "fineweb", cwd=tmp_path, env=env)
+    assert Server.requests == [] and (folder / "train.bin").stat().st_size == 200_000
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"magic": 1},
+        {"version": 2},
+        {"tokens": 99_999},
+        None,
+    ],
+)
+def test_fineweb_refuses_what_is_no_shard(tmp_path, fineweb, damage):
+    env, ids = fineweb
+    path, good = f"{PLACE}train_000001.bin", Server.files[f"{PLACE}train_000001.bin"]
+    Server.files[path] = b"<html>" if damage is None else shard(ids["train_000001"], **damage)
+    done = run("prepare.py", "fineweb", cwd=tmp_path, env=env, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "train_000001.bin came as something else" in done.stderr.splitlines()[-1]
+    Server.files[path] = good
+    run("prepare.py", "fineweb", cwd=tmp_path, env=env)  # fetched anew
+    assert (tmp_path / "data" / "fineweb" / "train.bin").stat().st_size == 200_000
+
+
+def test_fineweb_is_gpt2s(tmp_path):
+    for flag in ("--shards=0", "--tokenizer=char"):
+        assert "GPT-2" in refused("prepare.py", "fineweb", flag, cwd=tmp_path)
 
 
 # -- many files ----------------------------------------------------------------------------------------------
