@@ -428,7 +428,7 @@ def encode_chunk(chunk: list[tuple[str, str]], tokenizer: Tokenizer | None = Non
 
 def start_worker(meta: dict[str, Any]) -> None:
     global worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where it is not inherited
     parent = multiprocessing.parent_process()  # which may be killed: then nobody else would
     threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
     worker_tokenizer = load_tokenizer({"tokenizer": meta})
@@ -445,9 +445,9 @@ def encode_chunks(chunks: Iterable[list], tokenizer: Tokenizer, workers: int) ->
     spawn = multiprocessing.get_context("spawn")  # the same on every system
     pool, under_way = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer.meta,)), deque()
     try:
-        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # so the workers are born
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all, but is for us alone
         for _ in range(workers):
-            pool.submit(int)  # starts one
+            pool.submit(int)  # starts a worker, which inherits that
         signal.signal(signal.SIGINT, on_interrupt)
         for chunk in chunks:
             under_way.append(pool.submit(encode_chunk, chunk))
