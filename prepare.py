@@ -160,9 +160,9 @@ def fetch(url: str, part: Path) -> None:
             reason = type(error).__name__
         failures += 1
         if failures == 4:
-            ways = "without a network, put it as <host>/<path> into the folder that PLAINGPT_MIRROR names, or take"
+            ways = "put it as <host>/<path> into the folder that PLAINGPT_MIRROR names, or take the embedded corpus"
             raise DataError(
-                f"cannot download {url} ({reason}); {ways} the embedded corpus: python prepare.py pydocs"
+                f"cannot download {url} ({reason}); without a network, {ways}: python prepare.py pydocs"
             )
         time.sleep(2 ** (failures - 1))
 
@@ -301,11 +301,11 @@ def suffix(path: Path) -> str:
     return Path(path.stem if path.suffix in UNPACK else path).suffix.lower()
 
 
-def read_blocks(path: Path, bar: Any = None) -> Iterator[bytes]:
+def read_blocks(path: Path, size: int = 4096, bar: Any = None) -> Iterator[bytes]:
     """What a file holds, decompressed; bar counts the bytes on the disk. Raises DataError."""
     unpack, frame = UNPACK.get(path.suffix), None  # a packed file is a row of frames
     with open(path, "rb") as file:
-        while block := file.read(1 << 14 if unpack else PIECE):  # which may grow a thousandfold
+        while block := file.read(1 << 14 if unpack else size):  # which may grow a thousandfold
             if bar is not None:
                 bar.update(len(block))
             if not unpack:
@@ -349,7 +349,7 @@ class Texts:
 
     def read_text(self, path: Path, bar: Any) -> Iterator[tuple[str, bool]]:
         decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(self.errors), 0
-        for block in chain(read_blocks(path, bar), [b""]):
+        for block in chain(read_blocks(path, PIECE, bar), [b""]):
             offset += len(block)
             try:
                 yield decoder.decode(block, final=not block), not block
@@ -481,8 +481,8 @@ def write_dataset(
     elif kind == "word":
         tokenizer = WordTokenizer.from_counts(counts, max_vocab)
     if tokenizer.vocab_size > MAX_VOCAB:
-        hint = "--tokenizer=gpt2" + " or --max_vocab=50000" * (kind == "word")
-        raise DataError(f"{name}: the vocabulary entries are over {MAX_VOCAB}; try {hint}")
+        hint = "try --tokenizer=gpt2, or --max_vocab where it is of words"
+        raise DataError(f"{name}: the vocabulary entries are over {MAX_VOCAB}; {hint}")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cpus, 16) if characters > 4 * PIECE else 0  # less is done before they have started
     todo = chunks(pieces(documents, boundary), count, characters, val_fraction)
@@ -499,7 +499,8 @@ def prepare_fineweb(name: str, shards: int) -> dict[str, Any]:
     for url, split in urls.items():
         path = cached(url)
         magic, version, tokens = (*np.fromfile(path, "<i4", FINEWEB_HEADER), 0, 0, 0)[:3]
-        if (magic, version) != (20240520, 1) or path.stat().st_size != 4 * FINEWEB_HEADER + 2 * int(tokens):
+        size = 4 * FINEWEB_HEADER + 2 * int(tokens)
+        if (magic, version) != (20240520, 1) or tokens == 0 or path.stat().st_size != size:
             path.unlink()
             raise DataError(f"{url} came as something else than a shard of token IDs; run it again")
         sources.append({"url": url, "sha256": file_sha256(path)})
@@ -700,12 +701,12 @@ def prepare(args: argparse.Namespace, names: list[str]) -> str:
             documents = Texts(args.what, args.text_key, args.errors)
             sources = [{"path": str(path), "sha256": file_sha256(path)} for path in documents.files]
         meta = write_dataset(name, documents, sources, kind, args.val_fraction, args.max_vocab)
-        skipped = f"; {documents.skipped:,} files are not text" if getattr(documents, "skipped", 0) else ""
-        each = meta["characters"] / (meta["train_tokens"] + meta["val_tokens"])
-        said = f"{meta['documents']:,} documents, {meta['characters']:,} characters, {each:.2f} a token{skipped}\n"
+        said = f"{meta['documents']:,} documents, {meta['characters']:,} characters, "
+        said += f"{meta['characters'] / (meta['train_tokens'] + meta['val_tokens']):.2f} a token"
+        said += f"; {documents.skipped:,} files are not text\n" if getattr(documents, "skipped", 0) else "\n"
     train, val = meta["train_tokens"], meta["val_tokens"]
-    said += f"data/{name}: {train:,} train and {val:,} validation tokens ({val / (train + val):.1%}), "
-    return said + f"{meta['vocab_size']:,} in the vocabulary"
+    said += f"data/{name}: {train:,} train ({train / (train + val):.1%}) and {val:,} validation tokens "
+    return said + f"({val / (train + val):.1%}), {meta['vocab_size']:,} in the vocabulary"
 
 
 if __name__ == "__main__":

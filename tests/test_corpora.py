@@ -145,7 +145,7 @@ def test_many_documents_through_processes_in_order(tmp_path, gpt2):
     tokens = [len(expected[name]) // 2 for name in ("train.bin", "val.bin")]
     each = sum(map(len, documents)) / sum(tokens)
     assert f"203 documents, {sum(map(len, documents)):,} characters, {each:.2f} a token" in done.stdout
-    assert f"{tokens[0]:,} train and {tokens[1]:,} validation" in done.stdout
+    assert f"{tokens[0]:,} train (" in done.stdout and f"{tokens[1]:,} validation tokens (" in done.stdout
 
 
 def test_few_chunks_are_under_way_at_a_time():
@@ -433,7 +433,7 @@ def test_fineweb_goes_on_where_it_was_interrupted(tmp_path, fineweb, monkeypatch
     assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (200_000, 100_000, 50257)
     assert meta["tokenizer"] == {"type": "gpt2"} and len(meta["sources"]) == 3
     assert all(set(source) == {"url", "sha256"} for source in meta["sources"])
-    assert "200,000 train and 100,000 validation tokens" in done.stdout
+    assert "200,000 train (66.7%) and 100,000 validation tokens (33.3%)" in done.stdout
     Server.requests.clear()
     run("prepare.py", "fineweb", cwd=tmp_path, env=env)
     assert Server.requests == [] and (folder / "train.bin").stat().st_size == 200_000
