@@ -160,10 +160,8 @@ def fetch(url: str, part: Path) -> None:
             reason = type(error).__name__
         failures += 1
         if failures == 4:
-            ways = "put it as <host>/<path> into the folder that PLAINGPT_MIRROR names, or take the embedded corpus"
-            raise DataError(
-                f"cannot download {url} ({reason}); without a network, {ways}: python prepare.py pydocs"
-            )
+            hint = "put it as <host>/<path> into the folder that PLAINGPT_MIRROR names, or take the embedded corpus"
+            raise DataError(f"cannot download {url} ({reason}); {hint}: python prepare.py pydocs")
         time.sleep(2 ** (failures - 1))
 
 
@@ -203,10 +201,8 @@ class CharTokenizer(Tokenizer):
     boundary = r"[^|>endoftx]"  # anywhere but inside <|endoftext|>
 
     def __init__(self, chars: list[str]):
-        self.meta = {"type": "char", "chars": chars}
-        self.chars = chars
+        self.meta, self.chars, self.vocab_size = {"type": "char", "chars": chars}, chars, len(chars)
         self.ids = {char: i for i, char in enumerate(chars)}
-        self.vocab_size = len(chars)
         self.end_of_text = self.ids.get(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
@@ -228,10 +224,8 @@ class WordTokenizer(Tokenizer):
     """One ID a word or punctuation mark; white space is not kept and unknown words become <|unk|>."""
 
     def __init__(self, vocab: list[str]):
-        self.meta = {"type": "word", "vocab": vocab}
-        self.vocab = vocab
+        self.meta, self.vocab, self.vocab_size = {"type": "word", "vocab": vocab}, vocab, len(vocab)
         self.ids = {word: i for i, word in enumerate(vocab)}
-        self.vocab_size = len(vocab)
         self.end_of_text = self.ids[END_OF_TEXT]
 
     @staticmethod
@@ -257,9 +251,7 @@ class WordTokenizer(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, by tiktoken, from OpenAI's two files."""
 
-    meta = {"type": "gpt2"}
-    vocab_size = 50257
-    end_of_text = 50256
+    meta, vocab_size, end_of_text = {"type": "gpt2"}, 50257, 50256
 
     def __init__(self):
         from tiktoken import Encoding
@@ -510,8 +502,8 @@ def prepare_fineweb(name: str, shards: int) -> dict[str, Any]:
 
 def write_bins(name: str, ids: Iterable[tuple[str, Any]], tokenizer: Any, sources: list) -> dict[str, Any]:
     """data/<name>/ of (split, uint16 token IDs) as they come; returns what meta.json holds. Raises DataError."""
-    meta = {"dataset": name, "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size}
-    meta["dtype"] = "uint16"
+    vocab_size = tokenizer.vocab_size
+    meta = {"dataset": name, "tokenizer": tokenizer.meta, "vocab_size": vocab_size, "dtype": "uint16"}
     with new_folder(name, {"train.bin", "val.bin", "meta.json"}) as folder:
         for split, some in ids:
             with open(folder / f"{split}.bin", "ab") as file:
@@ -557,9 +549,8 @@ def prepare_gpt2(name: str) -> None:
     """OpenAI's TensorFlow checkpoint of a size of GPT-2 -> data/<name>/ckpt.pt and meta.json. Raises DataError."""
     import torch
 
-    size = GPT2_SIZES[name]
-    cache = Path("data", ".cache", f"gpt2-{size}")
-    urls = [f"{GPT2_URL}/{size}/{file}" for file in GPT2_FILES.split()]
+    cache = Path("data", ".cache", f"gpt2-{GPT2_SIZES[name]}")
+    urls = [f"{GPT2_URL}/{GPT2_SIZES[name]}/{file}" for file in GPT2_FILES.split()]
     for url in urls:
         download(url, cache / url.rsplit("/", 1)[1])
     checkpoint = read_gpt2(cache)
@@ -695,9 +686,8 @@ def prepare(args: argparse.Namespace, names: list[str]) -> str:
                 if not Path(path).exists():
                     near = difflib.get_close_matches(path, names, n=1)
                     hint = f"; did you mean {near[0]}?" if near else ""
-                    raise DataError(
-                        f"{path} is neither a file nor a folder nor one of {', '.join(names)}{hint}"
-                    )
+                    known = f"a file nor a folder nor one of {', '.join(names)}"
+                    raise DataError(f"{path} is neither {known}{hint}")
             documents = Texts(args.what, args.text_key, args.errors)
             sources = [{"path": str(path), "sha256": file_sha256(path)} for path in documents.files]
         meta = write_dataset(name, documents, sources, kind, args.val_fraction, args.max_vocab)
