@@ -2,36 +2,51 @@
 
     python prepare.py                              # pydocs: Python's own reference, nothing is downloaded
     python prepare.py shakespeare_char
-    python prepare.py my_book.txt --tokenizer=gpt2 --name=book
+    python prepare.py books/ more.jsonl.gz --tokenizer=gpt2 --name=books
+    python prepare.py fineweb --shards=10          # a billion tokens of web text
     python prepare.py gpt2                         # OpenAI's weights: data/gpt2/ckpt.pt
 
-A dataset is train.bin and val.bin (little-endian uint16 token IDs, no header) and meta.json.
+A dataset is train.bin and val.bin (little-endian uint16 token IDs, no header) and meta.json. Text is read twice,
+to count and then to tokenize, a piece at a time: memory does not grow with it.
 Downloads go through download() alone, and first to PLAINGPT_MIRROR where that is set.
 """
 
 import argparse
+import codecs
 import difflib
+import errno
 import hashlib
+import heapq
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unk|>"
 MAX_VOCAB = 65536  # what uint16 can count
-TEXT_SUFFIXES = set(
-    ".txt .md .rst .tex .py .c .h .cpp .java .js .ts .go .rs .html .css .csv .json .xml".split()
-)
+PIECE = 1 << 20  # characters that are read, and tokenized, at a time
+SUFFIXES = ".txt .md .rst .tex .py .c .h .cpp .java .js .ts .go .rs .html .css .csv .xml .json .jsonl".split()
+UNPACK = {  # .zst only where that package is
+    ".gz": lambda: zlib.decompressobj(31),
+    ".zst": lambda: import_module("zstandard").ZstdDecompressor().decompressobj(),
+}
 
 TINY_SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -54,13 +69,18 @@ CORPORA = {  # name: (its tokenizer unless --tokenizer says otherwise, where it 
     "shakespeare_char": ("char", TINY_SHAKESPEARE),
     "shakespeare": ("gpt2", TINY_SHAKESPEARE),
     "verdict": ("gpt2", THE_VERDICT),
+    "fineweb": ("gpt2", None),
 }
-
+FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06}.bin"
+FINEWEB_HEADER = 256  # int32: a magic number, the version, how many uint16 token IDs follow, zeros
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 GPT2_FILES = "checkpoint encoder.json hparams.json model.ckpt.index model.ckpt.meta vocab.bpe"
 GPT2_FILES += " model.ckpt.data-00000-of-00001"
 GPT2_SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1558M"}
+
+
+Documents = Iterable[tuple[str, bool]]  # text as it comes, and whether its document ends there
 
 
 class DataError(ValueError):
@@ -140,14 +160,12 @@ def fetch(url: str, part: Path) -> None:
             reason = type(error).__name__
         failures += 1
         if failures == 4:
-            raise DataError(
-                f"cannot download {url} ({reason}); without a network, put it as <host>/<path> into the folder that "
-                f"PLAINGPT_MIRROR names, or take the embedded corpus: python prepare.py pydocs"
-            )
+            hint = "put it as <host>/<path> into the folder that PLAINGPT_MIRROR names, or take the embedded corpus"
+            raise DataError(f"cannot download {url} ({reason}); {hint}: python prepare.py pydocs")
         time.sleep(2 ** (failures - 1))
 
 
-def cached(url: str, sha256: str) -> Path:
+def cached(url: str, sha256: str | None = None) -> Path:
     """The path of a downloaded file, fetched the first time."""
     path = Path("data", ".cache", urlsplit(url).netloc + urlsplit(url).path)
     download(url, path, sha256)
@@ -162,30 +180,30 @@ def file_sha256(path: Path) -> str:
 # -- tokenizers ----------------------------------------------------------------------------------------------
 
 
-class Tokenizer(Protocol):
-    """meta: what meta.json keeps of it. end_of_text: the ID that ends a document, or None."""
+class Tokenizer:
+    """A subclass has encode(text) -> IDs, decode(IDs) -> text, vocab_size, meta (what meta.json keeps of it) and
+    end_of_text: the ID that ends a document, or None.
 
-    meta: dict[str, Any]
-    vocab_size: int
-    end_of_text: int | None
+    boundary: where a text may be cut, so that its pieces have the IDs of the whole. Before a space or newline that
+    follows something else, a word ends, and a pre-token of GPT-2 too: no branch of its pattern goes on to white
+    space from anything else. <|endoftext|> has no such place.
+    """
 
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
+    boundary = r"(?<=\S)[ \n]"
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype="<u2")
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One ID a character, in sorted order; <|endoftext|> comes last where there are documents to end."""
 
-    def __init__(self, chars: list[str]):
-        self.meta = {"type": "char", "chars": chars}
-        self.chars = chars
-        self.ids = {char: i for i, char in enumerate(chars)}
-        self.vocab_size = len(chars)
-        self.end_of_text = self.ids.get(END_OF_TEXT)
+    boundary = r"[^|>endoftx]"  # anywhere but inside <|endoftext|>
 
-    @classmethod
-    def from_texts(cls, texts: list[str]) -> "CharTokenizer":
-        return cls(sorted(set().union(*texts)) + [END_OF_TEXT] * (len(texts) > 1))
+    def __init__(self, chars: list[str]):
+        self.meta, self.chars, self.vocab_size = {"type": "char", "chars": chars}, chars, len(chars)
+        self.ids = {char: i for i, char in enumerate(chars)}
+        self.end_of_text = self.ids.get(END_OF_TEXT)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -202,14 +220,12 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids)
 
 
-class WordTokenizer:
+class WordTokenizer(Tokenizer):
     """One ID a word or punctuation mark; white space is not kept and unknown words become <|unk|>."""
 
     def __init__(self, vocab: list[str]):
-        self.meta = {"type": "word", "vocab": vocab}
-        self.vocab = vocab
+        self.meta, self.vocab, self.vocab_size = {"type": "word", "vocab": vocab}, vocab, len(vocab)
         self.ids = {word: i for i, word in enumerate(vocab)}
-        self.vocab_size = len(vocab)
         self.end_of_text = self.ids[END_OF_TEXT]
 
     @staticmethod
@@ -217,9 +233,12 @@ class WordTokenizer:
         return [word.strip() for word in re.split(r"""([,.?_!"()']|--|\s)""", text) if word.strip()]
 
     @classmethod
-    def from_texts(cls, texts: list[str]) -> "WordTokenizer":
-        distinct = set().union(*map(cls.words, texts)) - {END_OF_TEXT, UNKNOWN}
-        return cls(sorted(distinct) + [END_OF_TEXT, UNKNOWN])
+    def from_counts(cls, counts: dict[str, int], max_vocab: int = 0) -> "WordTokenizer":
+        """Of all words, or of the most frequent ones that make a vocabulary of max_vocab."""
+        words = counts.keys() - {END_OF_TEXT, UNKNOWN}
+        if max_vocab:
+            words = heapq.nsmallest(max_vocab - 2, words, key=lambda word: (-counts[word], word))
+        return cls(sorted(words) + [END_OF_TEXT, UNKNOWN])
 
     def encode(self, text: str) -> list[int]:
         unknown = self.ids[UNKNOWN]
@@ -229,134 +248,272 @@ class WordTokenizer:
         return re.sub(r"""\s+([,.?!"()'])""", r"\1", " ".join(self.vocab[i] for i in ids))
 
 
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE, by tiktoken, from OpenAI's two files."""
 
-    meta = {"type": "gpt2"}
-    vocab_size = 50257
-    end_of_text = 50256
+    meta, vocab_size, end_of_text = {"type": "gpt2"}, 50257, 50256
 
     def __init__(self):
-        import tiktoken
+        from tiktoken import Encoding
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # ours is the cache
         ranks = data_gym_to_mergeable_bpe_ranks(str(cached(*VOCAB_BPE)), str(cached(*ENCODER_JSON)))
         special = {END_OF_TEXT: self.end_of_text}
-        self.bpe = tiktoken.Encoding(
-            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
-        )
+        self.bpe = Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text, allowed_special="all")
+
+    def encode_array(self, text: str) -> np.ndarray:  # without the detour of a list
+        return self.bpe.encode_to_numpy(text, allowed_special="all").astype("<u2")
 
     def decode(self, ids: list[int]) -> str:
         return self.bpe.decode(ids)
 
 
+TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer}
+
+
 def load_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     """The tokenizer that a meta.json describes. Raises DataError."""
     try:
-        spec = meta["tokenizer"]
-        if spec["type"] == "char":
-            return CharTokenizer(spec["chars"])
-        if spec["type"] == "word":
-            return WordTokenizer(spec["vocab"])
-        if spec["type"] == "gpt2":
-            return gpt2_tokenizer()
-    except (KeyError, TypeError) as error:
-        raise DataError(f"the tokenizer's description is damaged: {error!r}") from None
-    raise DataError(f"unknown tokenizer type {spec['type']!r}")
+        spec = dict(meta["tokenizer"])
+        return TOKENIZERS[spec.pop("type")](**spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the tokenizer's description is damaged or unknown: {error!r:.99}") from None
 
 
-@cache
-def gpt2_tokenizer() -> GPT2Tokenizer:
-    return GPT2Tokenizer()
+# -- text ----------------------------------------------------------------------------------------------------
 
 
-# -- datasets ------------------------------------------------------------------------------------------------
+def suffix(path: Path) -> str:
+    """.txt of a.txt, a.txt.gz and a.txt.zst."""
+    return Path(path.stem if path.suffix in UNPACK else path).suffix.lower()
 
 
-def read_texts(paths: list[str]) -> tuple[list[str], list[dict[str, str]]]:
-    """The texts of files and of folders' text files, and their sources. Raises DataError."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in TEXT_SUFFIXES)
-        else:
-            files.append(path)
-    if not files:
-        raise DataError(f"no text file ({' '.join(sorted(TEXT_SUFFIXES))}) in {' '.join(paths)}")
-    texts, sources = [], []
-    for path in files:
-        try:
-            content = path.read_bytes()
-            texts.append(content.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
-            ) from None
-        sources.append({"path": str(path), "sha256": hashlib.sha256(content).hexdigest()})
-    return texts, sources
+def read_blocks(path: Path, size: int = 4096, bar: Any = None) -> Iterator[bytes]:
+    """What a file holds, decompressed; bar counts the bytes on the disk. Raises DataError."""
+    unpack, frame = UNPACK.get(path.suffix), None  # a packed file is a row of frames
+    with open(path, "rb") as file:
+        while block := file.read(1 << 14 if unpack else size):  # which may grow a thousandfold
+            if bar is not None:
+                bar.update(len(block))
+            if not unpack:
+                yield block
+            while unpack and block:
+                try:
+                    frame = frame or unpack()
+                    content = frame.decompress(block)
+                except ImportError as error:
+                    raise DataError(f"{path}: {error}; pip install zstandard, or unpack the file") from None
+                except Exception as error:  # zlib's own, or zstandard's
+                    raise DataError(f"{path} is damaged: {error}") from None
+                if content:
+                    yield content
+                block, frame = (frame.unused_data.lstrip(b"\0"), None) if frame.eof else (b"", frame)
+    if frame:
+        raise DataError(f"{path} is damaged: its end is missing")
 
 
-def pydocs() -> tuple[list[str], list[dict[str, str]]]:
+class Texts:
+    """Files, and the text files of folders, as documents that can be read more than once. Raises DataError."""
+
+    def __init__(self, paths: list[str], text_key: str = "text", errors: str = "strict"):
+        self.files, self.skipped, self.text_key, self.errors = [], 0, text_key, errors
+        for path in map(Path, paths):
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+            text = [p for p in files if suffix(p) in SUFFIXES and b"\0" not in next(read_blocks(p), b"")]
+            self.files += text if path.is_dir() else [path]
+            self.skipped += len(files) - len(text)
+        if not self.files:
+            raise DataError(f"no text file ({' '.join(SUFFIXES)}) in {' '.join(paths)}")
+
+    def __iter__(self) -> Iterator[tuple[str, bool]]:
+        from tqdm import tqdm
+
+        size = sum(path.stat().st_size for path in self.files)
+        with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            for path in self.files:
+                read = self.read_jsonl if suffix(path) == ".jsonl" else self.read_text
+                yield from read(path, bar)
+
+    def read_text(self, path: Path, bar: Any) -> Iterator[tuple[str, bool]]:
+        decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(self.errors), 0
+        for block in chain(read_blocks(path, PIECE, bar), [b""]):
+            offset += len(block)
+            try:
+                yield decoder.decode(block, final=not block), not block
+            except UnicodeDecodeError as error:  # its object ends where the block does
+                at, byte = offset - len(error.object) + error.start, error.object[error.start]
+                message = f"{path} is not UTF-8: byte {at} is {byte:#x}; --errors=replace goes on"
+                raise DataError(message) from None
+
+    def read_jsonl(self, path: Path, bar: Any) -> Iterator[tuple[str, bool]]:
+        number, line = 0, ""
+        for block, ends in self.read_text(path, bar):
+            *lines, line = (line + block + "\n" * ends).split("\n")
+            for number, whole in enumerate(lines, number + 1):  # noqa: B020
+                if not whole.strip():
+                    continue
+                try:  # half a surrogate pair, which JSON can spell, is no text
+                    text = json.loads(whole)[self.text_key].encode("utf-8", self.errors).decode()
+                except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+                    message = f"{path}, line {number}: no JSON object with --text_key={self.text_key}"
+                    raise DataError(f"{message} of text: {error!r:.99}") from None
+                for i in range(0, max(1, len(text)), PIECE):
+                    yield text[i : i + PIECE], i + PIECE >= len(text)
+
+
+def pydocs() -> str:
     from pydoc_data.topics import topics
 
-    text = "\n".join(topics[name].strip() + "\n" for name in sorted(topics))
-    version = ".".join(map(str, sys.version_info[:3]))
-    return [text], [
-        {
-            "path": f"pydoc_data.topics of Python {version}",
-            "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        }
-    ]
+    return "\n".join(topics[name].strip() + "\n" for name in sorted(topics))
 
 
-def split(texts: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """One text is cut, its first part trains. Of many, the last of every 1 / val_fraction validates."""
-    if len(texts) == 1:
-        cut = int(len(texts[0]) * (1 - val_fraction))
-        return [texts[0][:cut]], [texts[0][cut:]]
-    validates = [int((i + 1) * val_fraction) > int(i * val_fraction) for i in range(len(texts))]
-    validates[-1] |= not any(validates)
-    train = [text for text, is_val in zip(texts, validates, strict=True) if not is_val]
-    return train, [text for text, is_val in zip(texts, validates, strict=True) if is_val]
+# -- text to token IDs ---------------------------------------------------------------------------------------
+
+
+def pieces(documents: Documents, boundary: str) -> Iterator[tuple[str, bool]]:
+    """The same, cut only where boundary allows it: a piece is as long as that takes."""
+    last, rest = re.compile(rf"(?s:.+)(?={boundary})"), ""
+    for text, ends in documents:
+        seen, rest = max(0, len(rest) - 1), rest + text  # there was no boundary in the rest
+        if ends:
+            yield rest, True
+            rest = ""
+        elif found := last.match(rest, seen):
+            yield rest[: found.end()], False
+            rest = rest[found.end() :]
+
+
+def chunks(documents: Documents, count: int, characters: int, val_fraction: float) -> Iterator[list]:
+    """[(split, text)] of about PIECE characters together.
+
+    One document is cut, its first part trains. Of many, each goes whole to one side, with <|endoftext|>: the last of
+    every 1 / val_fraction validates, and one at least.
+    """
+    number, left = 0, int(characters * (1 - val_fraction))  # of one document, characters that train
+    chunk, size = [], 0
+    for text, ends in documents:
+        if count == 1:
+            chunk += [("train", text[:left]), ("val", text[left:])]
+            left = max(0, left - len(text))
+        else:
+            due = [int(i * val_fraction) for i in (number, number + 1, count)]
+            split = "val" if due[0] < due[1] or due[2] == 0 and number == count - 1 else "train"
+            chunk += [(split, text), (split, END_OF_TEXT)] if ends else [(split, text)]
+        number, size = number + ends, size + len(text)
+        if size >= PIECE:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
+
+
+def encode_chunk(chunk: list[tuple[str, str]], tokenizer: Tokenizer | None = None) -> dict[str, bytes]:
+    """{split: token IDs as they go into its .bin}; in a worker, by its own tokenizer."""
+    encode = (tokenizer or worker_tokenizer).encode_array
+    ids = [(split, encode(text).tobytes()) for split, text in chunk]
+    return {split: b"".join(part for to, part in ids if to == split) for split in ("train", "val")}
+
+
+def start_worker(meta: dict[str, Any]) -> None:
+    global worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Windows, where it is not inherited
+    parent = multiprocessing.parent_process()  # which may be killed: then nobody else would
+    threading.Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
+    worker_tokenizer = load_tokenizer({"tokenizer": meta})
+
+
+def encode_chunks(chunks: Iterable[list], tokenizer: Tokenizer, workers: int) -> Iterator[dict[str, bytes]]:
+    """encode_chunk of each, in order, by so many processes: tiktoken's threads would wait for each other.
+
+    At most two chunks a worker are under way, which bounds the memory. workers=0: here.
+    """
+    if workers == 0:
+        yield from (encode_chunk(chunk, tokenizer) for chunk in chunks)
+        return
+    spawn = multiprocessing.get_context("spawn")  # the same on every system
+    pool, under_way = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer.meta,)), deque()
+    try:
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all, but is for us alone
+        for _ in range(workers):
+            pool.submit(int)  # starts a worker, which inherits that
+        signal.signal(signal.SIGINT, on_interrupt)
+        for chunk in chunks:
+            under_way.append(pool.submit(encode_chunk, chunk))
+            if len(under_way) > 2 * workers:
+                yield under_way.popleft().result()
+        yield from (ids.result() for ids in under_way)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_dataset(
-    name: str,
-    texts: list[str],
-    sources: list[dict[str, str]],
-    kind: str,
-    val_fraction: float = 0.1,
+    name: str, documents: Documents, sources: list, kind: str, val_fraction: float = 0.1, max_vocab: int = 0
 ) -> dict[str, Any]:
-    """Tokenize documents into data/<name>/, whole or absent at any time; returns what meta.json holds."""
-    if not any(text.strip() for text in texts):
+    """Tokenize documents, read twice, into data/<name>/, whole or absent at any time. Raises DataError.
+
+    Returns what meta.json holds, with the number of documents and of characters.
+    """
+    boundary = TOKENIZERS[kind].boundary
+    tokenizer = None if kind in ("char", "word") else TOKENIZERS[kind]()  # it may have to be downloaded
+    count, characters, blank, counts = 0, 0, True, Counter()
+    for text, ends in pieces(documents, boundary):
+        count, characters, blank = count + ends, characters + len(text), blank and not text.strip()
+        if not tokenizer:
+            counts.update(WordTokenizer.words(text) if kind == "word" else set(text))
+        if len(counts) > MAX_VOCAB and not max_vocab:
+            break  # it will be refused
+    if blank:
         raise DataError(f"there is no text to make data/{name} of")
-    tokenizer = {
-        "char": CharTokenizer.from_texts,
-        "word": WordTokenizer.from_texts,
-        "gpt2": lambda _: gpt2_tokenizer(),
-    }[kind](texts)
+    if kind == "char":
+        tokenizer = CharTokenizer(sorted(counts) + [END_OF_TEXT] * (count > 1))
+    elif kind == "word":
+        tokenizer = WordTokenizer.from_counts(counts, max_vocab)
     if tokenizer.vocab_size > MAX_VOCAB:
-        raise DataError(
-            f"{name}: {tokenizer.vocab_size} vocabulary entries are over {MAX_VOCAB}; try --tokenizer=gpt2"
-        )
-    ending = [tokenizer.end_of_text] if len(texts) > 1 else []
+        hint = "try --tokenizer=gpt2, or --max_vocab where it is of words"
+        raise DataError(f"{name}: the vocabulary entries are over {MAX_VOCAB}; {hint}")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cpus, 16) if characters > 4 * PIECE else 0  # less is done before they have started
+    todo = chunks(pieces(documents, boundary), count, characters, val_fraction)
+    with closing(encode_chunks(todo, tokenizer, workers)) as encoded:
+        ids = chain.from_iterable(part.items() for part in encoded)
+        return write_bins(name, ids, tokenizer, sources) | {"documents": count, "characters": characters}
+
+
+def prepare_fineweb(name: str, shards: int) -> dict[str, Any]:
+    """FineWeb's first shards of 100M GPT-2 IDs, and one to validate, into data/<name>/. Raises DataError."""
+    urls = {FINEWEB_URL.format("train", i + 1): "train" for i in range(shards)}
+    urls[FINEWEB_URL.format("val", 0)] = "val"
+    sources, ids = [], []
+    for url, split in urls.items():
+        path = cached(url)
+        magic, version, tokens = (*np.fromfile(path, "<i4", FINEWEB_HEADER), 0, 0, 0)[:3]
+        size = 4 * FINEWEB_HEADER + 2 * int(tokens)
+        if (magic, version) != (20240520, 1) or tokens == 0 or path.stat().st_size != size:
+            path.unlink()
+            raise DataError(f"{url} came as something else than a shard of token IDs; run it again")
+        sources.append({"url": url, "sha256": file_sha256(path)})
+        ids.append((split, np.memmap(path, "<u2", "r", 4 * FINEWEB_HEADER)))
+    return write_bins(name, ids, GPT2Tokenizer, sources)
+
+
+def write_bins(name: str, ids: Iterable[tuple[str, Any]], tokenizer: Any, sources: list) -> dict[str, Any]:
+    """data/<name>/ of (split, uint16 token IDs) as they come; returns what meta.json holds. Raises DataError."""
+    vocab_size = tokenizer.vocab_size
+    meta = {"dataset": name, "tokenizer": tokenizer.meta, "vocab_size": vocab_size, "dtype": "uint16"}
     with new_folder(name, {"train.bin", "val.bin", "meta.json"}) as folder:
-        counts = {}
-        for part, documents in zip(("train", "val"), split(texts, val_fraction), strict=True):
-            ids = np.array([i for text in documents for i in tokenizer.encode(text) + ending], dtype="<u2")
-            if len(ids) == 0:
-                raise DataError(
-                    f"{name}: nothing is left for {part}.bin; give more text or another --val_fraction"
-                )
-            ids.tofile(folder / f"{part}.bin")
-            counts[f"{part}_tokens"] = len(ids)
-        meta = {"dataset": name, "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size}
-        meta |= {"dtype": "uint16", **counts, "sources": sources}
+        for split, some in ids:
+            with open(folder / f"{split}.bin", "ab") as file:
+                file.write(some)
+        for split in ("train", "val"):
+            meta[f"{split}_tokens"] = (folder / f"{split}.bin").stat().st_size // 2
+            if meta[f"{split}_tokens"] == 0:
+                hint = "give more text or another --val_fraction"
+                raise DataError(f"{name}: nothing is left for {split}.bin; {hint}")
+        meta["sources"] = sources
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return meta
 
@@ -392,19 +549,14 @@ def prepare_gpt2(name: str) -> None:
     """OpenAI's TensorFlow checkpoint of a size of GPT-2 -> data/<name>/ckpt.pt and meta.json. Raises DataError."""
     import torch
 
-    size = GPT2_SIZES[name]
-    cache = Path("data", ".cache", f"gpt2-{size}")
-    urls = [f"{GPT2_URL}/{size}/{file}" for file in GPT2_FILES.split()]
+    cache = Path("data", ".cache", f"gpt2-{GPT2_SIZES[name]}")
+    urls = [f"{GPT2_URL}/{GPT2_SIZES[name]}/{file}" for file in GPT2_FILES.split()]
     for url in urls:
         download(url, cache / url.rsplit("/", 1)[1])
     checkpoint = read_gpt2(cache)
     sources = [{"url": url, "sha256": file_sha256(cache / url.rsplit("/", 1)[1])} for url in urls]
-    meta = {
-        "dataset": name,
-        "tokenizer": {"type": "gpt2"},
-        "vocab_size": checkpoint["model_args"]["vocab_size"],
-    }
-    checkpoint["meta"] = meta | {"sources": sources}
+    meta = {"dataset": name, "tokenizer": {"type": "gpt2"}, "sources": sources}
+    checkpoint["meta"] = meta | {"vocab_size": checkpoint["model_args"]["vocab_size"]}
     with new_folder(name, {"ckpt.pt", "meta.json"}) as folder:
         try:
             torch.save(checkpoint, folder / "ckpt.pt")
@@ -433,15 +585,11 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
             shapes = {key: tuple(t.shape) for key, t in GPT(GPTConfig(**args)).state_dict().items()}
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
     except (KeyError, TypeError, ValueError, tf.errors.OpError) as error:
-        raise DataError(
-            f"{folder} is no GPT-2, or damaged; delete it and try again: {error!r:.200}"
-        ) from None
+        raise DataError(f"{folder} is no GPT-2, or damaged; delete it and try again: {error!r:.99}") from None
     stored = dict(reader.get_variable_to_shape_map())
     weights: dict[str, torch.Tensor] = {}
+    shapes.pop("lm_head.weight")
     for key, shape in shapes.items():
-        if key == "lm_head.weight":
-            weights[key] = weights["transformer.wte.weight"]  # one tensor, as GPT-2 ties them
-            continue
         # transformer.h.0.attn.c_attn.weight is model/h0/attn/c_attn/w, stored (1, in, out) as a convolution
         theirs = re.sub(r"^transformer\.", "model/", key).replace("h.", "h", 1).replace(".", "/")
         if "/wte/" in theirs or "/wpe/" in theirs:
@@ -452,16 +600,14 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
             theirs, expected = theirs.replace("/weight", "/g").replace("/bias", "/b"), shape
         found = stored.pop(theirs, None)
         if found is None or tuple(found) != expected:
-            raise DataError(
-                f"{folder}: the tensor {theirs} should have the shape {expected}, and has {found}"
-            )
+            raise DataError(f"{folder}: the tensor {theirs} has the shape {found}, not {expected}")
         try:
             tensor = torch.from_numpy(reader.get_tensor(theirs))
         except (tf.errors.OpError, IndexError) as error:
-            raise DataError(
-                f"{folder} is damaged at {theirs}; delete it and try again: {error!r:.200}"
-            ) from None
+            message = f"{folder} is damaged at {theirs}; delete it and try again: {error!r:.99}"
+            raise DataError(message) from None
         weights[key] = tensor[0].T.contiguous() if expected != shape else tensor
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # one tensor, as GPT-2 ties them
     if stored:
         raise DataError(f"{folder}: tensors that GPT-2 does not have: {', '.join(sorted(stored))[:200]}")
     return {"model": weights, "model_args": args}
@@ -480,61 +626,77 @@ def weights_path(init_from: str) -> str:
 def main() -> None:
     names = [*CORPORA, *GPT2_SIZES]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"NAME: {', '.join(names)}")
-    parser.add_argument(
-        "what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files"
-    )
-    parser.add_argument(
-        "--tokenizer", choices=["char", "word", "gpt2"], help="default: the corpus's own; char for yours"
-    )
-    parser.add_argument(
-        "--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)"
-    )
-    parser.add_argument("--name", help="the folder in data/; default: the corpus's or the first file's name")
+    add = parser.add_argument
+    add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files")
+    add("--tokenizer", choices=list(TOKENIZERS), help="default: the corpus's own; char for yours")
+    add("--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)")
+    add("--name", help="the folder in data/; default: the corpus's or the first file's name")
+    add("--shards", type=int, default=1, help="of fineweb, 100M tokens each (%(default)s)")
+    add("--text_key", default="text", help="what a line of .jsonl calls its text (%(default)s)")
+    add("--errors", choices=["strict", "replace"], default="strict", help="where text is not UTF-8")
+    add("--max_vocab", type=int, default=0, help="of --tokenizer=word: as many, the frequent words")
     args = parser.parse_args()
     try:
-        if not 0 < args.val_fraction < 1:
-            raise DataError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
-        name = args.name or re.sub(r"[^\w.-]+", "_", Path(args.what[0]).resolve().stem).lstrip(".")
-        if name in names and args.what != [name] and Path(args.what[0]).exists():
-            raise DataError(f"{name} is the name of a corpus; choose another --name for your own text")
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise DataError(f"--name={name} is no folder name: letters, digits, '_', '-' and '.' only")
-        sizes = {name: name for name in GPT2_SIZES} | {size: name for name, size in GPT2_SIZES.items()}
-        if len(args.what) == 1 and args.what[0] in sizes:
-            name = sizes[args.what[0]]
-            if Path("data", name, "ckpt.pt").exists():
-                print(f"data/{name}/ckpt.pt is there already")
-            else:
-                prepare_gpt2(name)
-                print(f"data/{name}/ckpt.pt: --init_from={name} takes it")
-            return
-        kind, url = CORPORA.get(args.what[0], ("char", None))
-        if len(args.what) == 1 and url:
-            path = cached(*url)
-            texts, sources = [path.read_bytes().decode("utf-8")], [{"url": url[0], "sha256": url[1]}]
-        elif args.what == ["pydocs"]:
-            texts, sources = pydocs()
-        else:
-            for path in args.what:
-                if path in names and len(args.what) > 1:
-                    raise DataError(f"one corpus at a time: python prepare.py {path}")
-                if not Path(path).exists():
-                    near = "".join(
-                        f"; did you mean {n}?" for n in difflib.get_close_matches(path, names, n=1)
-                    )
-                    raise DataError(
-                        f"{path} is neither a file nor a folder nor one of {', '.join(names)}{near}"
-                    )
-            texts, sources = read_texts(args.what)
-        meta = write_dataset(name, texts, sources, args.tokenizer or kind, args.val_fraction)
-        print(
-            f"data/{name}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} validation tokens, "
-            f"{meta['vocab_size']:,} in the vocabulary"
-        )
-    except (DataError, OSError) as error:
-        sys.exit(f"prepare.py: {error}")
+        print(prepare(args, names))
+    except (DataError, OSError, BrokenExecutor) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = "; make room and run it again, nothing half-done is left" if full else ""
+        sys.exit(f"prepare.py: {error}{hint}")
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted; nothing half-done is left, run it again")
+
+
+def prepare(args: argparse.Namespace, names: list[str]) -> str:
+    """Do what was asked; returns what to say of it. Raises DataError."""
+    first, alone = args.what[0], len(args.what) == 1
+    if not 0 < args.val_fraction < 1:
+        raise DataError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
+    stem = Path(re.sub(r"\.(gz|zst)$", "", first)).resolve().stem
+    name = args.name or re.sub(r"[^\w.-]+", "_", stem).lstrip(".")
+    if name in names and args.what != [name] and Path(first).exists():
+        raise DataError(f"{name} is the name of a corpus; choose another --name for your own text")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise DataError(f"--name={name} is no folder name: letters, digits, '_', '-' and '.' only")
+    sizes = {name: name for name in GPT2_SIZES} | {size: name for name, size in GPT2_SIZES.items()}
+    if alone and first in sizes:
+        name = sizes[first]
+        if Path("data", name, "ckpt.pt").exists():
+            return f"data/{name}/ckpt.pt is there already"
+        prepare_gpt2(name)
+        return f"data/{name}/ckpt.pt: --init_from={name} takes it"
+    own_kind, url = CORPORA.get(first, ("char", None))
+    kind = args.tokenizer or own_kind
+    if args.max_vocab and (kind != "word" or not 2 < args.max_vocab <= MAX_VOCAB):
+        raise DataError(f"--max_vocab is for --tokenizer=word, from 3 to {MAX_VOCAB}")
+    if args.what == ["fineweb"]:
+        if args.shards < 1 or kind != "gpt2":
+            raise DataError("fineweb comes as GPT-2 token IDs, in one shard or more: see --help")
+        meta, said = prepare_fineweb(name, args.shards), ""
+    else:
+        if alone and url:
+            documents, sources = Texts([str(cached(*url))]), [{"url": url[0], "sha256": url[1]}]
+        elif args.what == ["pydocs"]:
+            documents = [(pydocs(), True)]
+            path = f"pydoc_data.topics of Python {'.'.join(map(str, sys.version_info[:3]))}"
+            sources = [{"path": path, "sha256": hashlib.sha256(documents[0][0].encode()).hexdigest()}]
+        else:
+            for path in args.what:
+                if path in names and not alone:
+                    raise DataError(f"one corpus at a time: python prepare.py {path}")
+                if not Path(path).exists():
+                    near = difflib.get_close_matches(path, names, n=1)
+                    hint = f"; did you mean {near[0]}?" if near else ""
+                    known = f"a file nor a folder nor one of {', '.join(names)}"
+                    raise DataError(f"{path} is neither {known}{hint}")
+            documents = Texts(args.what, args.text_key, args.errors)
+            sources = [{"path": str(path), "sha256": file_sha256(path)} for path in documents.files]
+        meta = write_dataset(name, documents, sources, kind, args.val_fraction, args.max_vocab)
+        said = f"{meta['documents']:,} documents, {meta['characters']:,} characters, "
+        said += f"{meta['characters'] / (meta['train_tokens'] + meta['val_tokens']):.2f} a token"
+        said += f"; {documents.skipped:,} files are not text\n" if getattr(documents, "skipped", 0) else "\n"
+    train, val = meta["train_tokens"], meta["val_tokens"]
+    said += f"data/{name}: {train:,} train ({train / (train + val):.1%}) and {val:,} validation tokens "
+    return said + f"({val / (train + val):.1%}), {meta['vocab_size']:,} in the vocabulary"
 
 
 if __name__ == "__main__":

@@ -104,11 +104,34 @@ rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 # -- data ----------------------------------------------------------------------------------------------------
 
 
-def load_dataset(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """The token IDs of data/<name>/train.bin and val.bin, memory-mapped, and meta.json. Raises ValueError."""
+class Shards:
+    """Files of token IDs as one sequence, each memory-mapped."""
+
+    def __init__(self, files: list[np.ndarray]):
+        self.files = files
+        self.starts = np.cumsum([0] + [len(file) for file in files])  # and where the last ends
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        if isinstance(index, slice):
+            index = np.arange(*index.indices(len(self)))
+        ids, which = np.empty(index.shape, np.uint16), np.searchsorted(self.starts, index, side="right") - 1
+        for i in np.unique(which):
+            here = which == i
+            ids[here] = self.files[i][index[here] - self.starts[i]]
+        return ids
+
+    def max(self) -> int:
+        return max(file.max() for file in self.files)
+
+
+def load_dataset(name: str) -> tuple[np.ndarray | Shards, np.ndarray | Shards, dict[str, Any]]:
+    """Token IDs of data/<name>/train*.bin and val*.bin, memory-mapped, and meta.json. Raises ValueError."""
     folder = Path("data", name)
-    if not (folder / "train.bin").is_file():
-        others = sorted(path.parent.name for path in Path("data").glob("[!.]*/train.bin"))
+    if not any(folder.glob("train*.bin")):
+        others = sorted({path.parent.name for path in Path("data").glob("[!.]*/train*.bin")})
         hint = f" (data/ has {', '.join(others)})" if others else ""
         raise ValueError(f"{folder} is not prepared; run: python prepare.py {name}{hint}")
     if (folder / "meta.json").is_file():
@@ -122,11 +145,14 @@ def load_dataset(name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         print(f"{folder} has no meta.json: taken for GPT-2 token IDs", file=sys.stderr)
     splits = []
     for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        size = path.stat().st_size if path.is_file() else 0
-        if size == 0 or size % 2 or size != 2 * meta.get(f"{split}_tokens", size // 2):
-            raise ValueError(f"{path} is missing, empty or truncated ({size} bytes); run prepare.py again")
-        splits.append(np.memmap(path, dtype="<u2", mode="r"))
+        paths = sorted(folder.glob(f"{split}*.bin"))
+        sizes = [path.stat().st_size for path in paths] or [0]
+        total = sum(sizes)
+        if 0 in sizes or any(n % 2 for n in sizes) or total != 2 * meta.get(f"{split}_tokens", total // 2):
+            path = paths[0] if len(paths) == 1 else folder / f"{split}*.bin"
+            raise ValueError(f"{path} is missing, empty or truncated ({total} bytes); run prepare.py again")
+        files = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
+        splits.append(files[0] if len(files) == 1 else Shards(files))
     return *splits, meta
 
 

@@ -4,6 +4,7 @@
     python tests/bench.py train config/train_shakespeare_char_cpu_fast.py --to_loss=peer --peer=../nanoGPT \
         --peer_config=config/train_shakespeare_char_cpu.py
     python tests/bench.py sample --peer=../nanoGPT
+    python tests/bench.py tokenize --mb=1000
 
 Rounds alternate ours and the peer, so that a machine that drifts slows both; medians, ranges and ratios are
 printed, and a line of JSON. The dataset must be prepared here.
@@ -18,6 +19,7 @@ import math
 import os
 import pickle
 import platform
+import random
 import re
 import resource
 import shutil
@@ -361,6 +363,89 @@ def timed(function: Callable) -> float:
     return time.perf_counter() - started
 
 
+def write_corpus(folder: Path, mb: int) -> dict[str, list[str]]:
+    """docs/, 20,000 documents, and file.txt, 0.3 times as large; {what prepare.py is given: its parts}."""
+    import prepare
+
+    rng, paragraphs = random.Random(0), prepare.pydocs().split("\n\n")
+
+    def text(size):
+        drawn = []
+        while size > 0:
+            drawn.append(rng.choice(paragraphs))
+            size -= len(drawn[-1]) + 2
+        return "\n\n".join(drawn)
+
+    documents = [text(rng.uniform(0.2, 1.8) * mb * 1e6 / 20_000) for _ in range(20_000)]
+    (folder / "docs").mkdir()
+    for i, document in enumerate(documents):
+        (folder / "docs" / f"{i:05}.txt").write_bytes(document.encode())
+    parts = [text(1e6) for _ in range(round(0.3 * mb))]
+    (folder / "file.txt").write_bytes("\n\n".join(parts).encode())
+    return {"docs": documents, "file.txt": parts}
+
+
+def prepare_watched(path: str) -> tuple[float, float, float]:
+    """Seconds of prepare.py, and the most memory, in MB, of its own process and of all its processes."""
+    own = most = 0.0
+    started = time.perf_counter()
+    command = [sys.executable, REPO / "prepare.py", path, "--tokenizer=gpt2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        resident = []
+        try:  # Linux; a process may be gone by now
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in (process.pid, *children):
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                resident.append(pages * resource.getpagesize() / 1e6)
+        except OSError:
+            pass
+        own, most = max([own, *resident[:1]]), max(most, sum(resident))
+        time.sleep(0.05)
+    assert process.returncode == 0
+    return time.perf_counter() - started, own, most
+
+
+def bench_tokenize(args: argparse.Namespace) -> None:
+    import prepare
+
+    def bare(encode, parts):
+        """Seconds of encode(texts) for all parts, already in memory, ten or so MB at a time."""
+        step, started = max(1, round(len(parts) * 1e7 / sum(map(len, parts)))), time.perf_counter()
+        for i in range(0, len(parts), step):
+            encode(parts[i : i + step])
+        return time.perf_counter() - started
+
+    if "://" not in (mirror := os.environ.get("PLAINGPT_MIRROR", "")) and mirror:
+        os.environ["PLAINGPT_MIRROR"] = str(Path(mirror).resolve())
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        corpora, bpe = write_corpus(Path(folder), args.mb), prepare.GPT2Tokenizer().bpe
+        results: dict[str, dict[str, list[float]]] = {name: {} for name in corpora}
+        for _ in range(args.rounds):
+            for name, parts in corpora.items():
+                seconds, own, most = prepare_watched(name)
+                mb = sum(len(part.encode()) for part in parts) / 1e6
+                for key, value in {
+                    "prepare.py, MB/s": mb / seconds,
+                    "tiktoken, one thread, MB/s": mb
+                    / bare(lambda t: [bpe.encode_ordinary(s) for s in t], parts),
+                    "tiktoken, two threads, MB/s": mb
+                    / bare(lambda t: bpe.encode_ordinary_batch(t, num_threads=2), parts),
+                    "memory of its process, MB": own,
+                    "memory of all its processes, MB": most,
+                }.items():
+                    results[name].setdefault(key, []).append(value)
+    for name, measured in results.items():
+        for key, values in measured.items():
+            print(
+                f"{name:9} {key:32} {statistics.median(values):7.1f} ({min(values):.1f} to {max(values):.1f})"
+            )
+        ours, two = measured["prepare.py, MB/s"], measured["tiktoken, two threads, MB/s"]
+        ratios = [a / b for a, b in zip(ours, two, strict=True)]
+        print(f"{name:9} {'prepare.py to two threads':32} {statistics.median(ratios):7.2f} times")
+    print(json.dumps({"bench": "tokenize", "mb": args.mb, "cpus": os.cpu_count(), "results": results}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
@@ -388,6 +473,14 @@ def main() -> None:
     sample.add_argument("--compile", action="store_true", help="ours compiled as well")
     sample.add_argument("--only", help=argparse.SUPPRESS)
     sample.set_defaults(run=bench_sample)
+    tokenize = commands.add_parser(
+        "tokenize", help="MB/s and memory of prepare.py --tokenizer=gpt2, on Linux"
+    )
+    tokenize.add_argument(
+        "--mb", type=int, default=1000, help="of 20,000 documents; one file has 0.3 times as many"
+    )
+    tokenize.add_argument("--rounds", type=int, default=3)
+    tokenize.set_defaults(run=bench_tokenize)
     args = parser.parse_args()
     args.run(args)
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_pydocs_needs_no_network_and_round_trips(workdir):
     ]
     tokenizer = prepare.load_tokenizer(meta)
     text = tokenizer.decode(train) + tokenizer.decode(val)
-    assert text == prepare.pydocs()[0][0] and text.startswith('The "assert" statement')
+    assert text == prepare.pydocs() and text.startswith('The "assert" statement')
     assert len(text) > 400_000 and len(train) == int(len(text) * 0.9)
     assert (meta["train_tokens"], meta["val_tokens"], meta["dtype"]) == (len(train), len(val), "uint16")
     assert meta["vocab_size"] == len(set(text)) == tokenizer.vocab_size
@@ -60,7 +61,7 @@ def test_published_corpora(tmp_path, name, vocab_size, train_tokens, val_tokens,
 
 def test_word_tokenizer_as_published(verdict, reference):
     published = reference["word_tokenizer"]
-    tokenizer = prepare.WordTokenizer.from_texts([verdict])
+    tokenizer = prepare.WordTokenizer.from_counts(Counter(prepare.WordTokenizer.words(verdict)))
     assert len(tokenizer.words(verdict)) == published["n_tokens"]
     assert tokenizer.vocab_size == published["vocab_size"] == published["n_distinct"] + 2
     tokenizer = prepare.load_tokenizer(json.loads(json.dumps({"tokenizer": tokenizer.meta})))
@@ -95,14 +96,13 @@ def test_gpt2_round_trips_any_text(gpt2, text):
 
 @given(text=st.text(min_size=1))
 def test_char_round_trips_its_own_alphabet(text):
-    tokenizer = prepare.CharTokenizer.from_texts([text])
-    assert tokenizer.meta["chars"] == sorted(set(text))
+    tokenizer = prepare.CharTokenizer(sorted(set(text)))
     again = prepare.load_tokenizer(json.loads(json.dumps({"tokenizer": tokenizer.meta})))
     assert again.decode(again.encode(text)) == text
 
 
 def test_unknown_character_names_itself():
-    tokenizer = prepare.CharTokenizer.from_texts(["abc"])
+    tokenizer = prepare.CharTokenizer(["a", "b", "c"])
     with pytest.raises(prepare.DataError, match=r"'€' \(U\+20AC\)"):
         tokenizer.encode("ab€")
 
@@ -134,9 +134,11 @@ def test_many_documents_go_whole_to_one_side(tmp_path, tokenizer):
 
 @given(n=st.integers(2, 400), fraction=st.floats(0.01, 0.5))
 def test_split_shares_documents_as_asked(n, fraction):
-    train, val = prepare.split([str(i) for i in range(n)], fraction)
-    assert sorted(map(int, train + val)) == list(range(n))
-    assert len(val) == max(1, int(n * fraction)) and train
+    (chunk,) = prepare.chunks([(str(i), True) for i in range(n)], n, n, fraction)
+    sides = {side: [int(text) for split, text in chunk[::2] if split == side] for side in ("train", "val")}
+    assert sorted(sides["train"] + sides["val"]) == list(range(n))
+    assert len(sides["val"]) == max(1, int(n * fraction)) and sides["train"]
+    assert {text for _, text in chunk[1::2]} == {prepare.END_OF_TEXT}
 
 
 def test_prepared_again_is_replaced_whole(tmp_path):
@@ -196,7 +198,7 @@ def test_full_disk_leaves_no_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setattr(json, "dumps", full)
     with pytest.raises(OSError):
-        prepare.write_dataset("a", ["text " * 100], [], "char")
+        prepare.write_dataset("a", [("text " * 100, True)], [], "char")
     assert list((tmp_path / "data").iterdir()) == []
 
 

@@ -1,0 +1,513 @@
+"""Corpora of any size: pieces, processes, every wrapping of documents, FineWeb, interruptions."""
+
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from conftest import REPO, TINY, Server, metrics, needs_mirror, refused, run, run_on_a_full_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+import train
+
+MB = 1 << 20
+
+
+def text_of(size, seed=0):
+    """Paragraphs of Python's reference in a random order, size characters of them."""
+    paragraphs, rng, text, length = prepare.pydocs().split("\n\n"), random.Random(seed), [], 0
+    while length < size:
+        text.append(rng.choice(paragraphs) + "\n\n")
+        length += len(text[-1])
+    return "".join(text)[:size]
+
+
+def bins(folder):
+    return {name: (Path(folder) / name).read_bytes() for name in ("train.bin", "val.bin")}
+
+
+def expected_bins(tokenizer, documents, val_fraction=0.1):
+    """What the .bin files must hold, from whole texts, by the plain rule."""
+    if len(documents) == 1:
+        cut = int(len(documents[0]) * (1 - val_fraction))
+        ids = {
+            "train.bin": tokenizer.encode(documents[0][:cut]),
+            "val.bin": tokenizer.encode(documents[0][cut:]),
+        }
+    else:
+        ids = {"train.bin": [], "val.bin": []}
+        for i, text in enumerate(documents):
+            val = int((i + 1) * val_fraction) > int(i * val_fraction)
+            ids["val.bin" if val else "train.bin"] += tokenizer.encode(text) + [tokenizer.end_of_text]
+    return {name: np.array(some, dtype="<u2").tobytes() for name, some in ids.items()}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("gpt2"))
+        return prepare.GPT2Tokenizer()
+
+
+# -- pieces --------------------------------------------------------------------------------------------------
+
+SPACES = " \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000\u200b\ufeff"
+fragments = st.one_of(
+    st.text(max_size=8),
+    st.text(SPACES, max_size=4),
+    st.text(" \n", max_size=6),
+    st.sampled_from(
+        ["<|endoftext|>", "<|endof", "text|>", "'ll", "'s", "--", "don't", "word", "42", "。", "ß", "\u0301"]
+    ),
+)
+texts = st.lists(fragments, max_size=40).map("".join)
+
+
+def cut(text, size, boundary):
+    blocks = [(text[i : i + size], False) for i in range(0, len(text), size)] + [("", True)]
+    pieces = list(prepare.pieces(blocks, boundary))
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+    return [piece for piece, _ in pieces]
+
+
+@needs_mirror
+@settings(max_examples=500, deadline=None)
+@given(text=texts, size=st.integers(1, 12))
+def test_gpt2_ids_of_pieces_are_those_of_the_whole(gpt2, text, size):
+    pieces = cut(text, size, gpt2.boundary)
+    assert sum(map(gpt2.encode, pieces), []) == gpt2.encode(text)
+    assert (
+        b"".join(gpt2.encode_array(piece).tobytes() for piece in pieces)
+        == np.array(gpt2.encode(text), dtype="<u2").tobytes()
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts, size=st.integers(1, 12))
+def test_char_and_word_ids_of_pieces_are_those_of_the_whole(text, size):
+    counts = Counter(prepare.WordTokenizer.words(text))
+    for tokenizer in (
+        prepare.CharTokenizer(sorted(set(text)) + [prepare.END_OF_TEXT]),
+        prepare.WordTokenizer.from_counts(counts),
+    ):
+        assert sum(map(tokenizer.encode, cut(text, size, tokenizer.boundary)), []) == tokenizer.encode(text)
+
+
+def test_pieces_are_small_where_they_can_be():
+    text = text_of(200_000)
+    assert max(map(len, cut(text, 1000, prepare.Tokenizer.boundary))) < 3000
+    assert max(map(len, cut("中文。" * 10_000, 1000, prepare.CharTokenizer.boundary))) < 1100
+    assert cut("x" * 10_000 + " y", 100, prepare.Tokenizer.boundary) == ["x" * 10_000, " y"]
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["char", "word", pytest.param("gpt2", marks=needs_mirror)])
+def test_one_large_text_through_processes(tmp_path, kind):
+    text = ("naïve 中文 🙂 <|endoftext|> 'tis\r\n" + text_of(50_000)) * 100  # over 4 MB, so in processes
+    (tmp_path / "big.txt").write_text(text, encoding="utf-8", newline="")
+    done = run("prepare.py", "big.txt", f"--tokenizer={kind}", "--val_fraction=0.6", cwd=tmp_path)
+    meta = json.loads((tmp_path / "data" / "big" / "meta.json").read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        tokenizer = prepare.load_tokenizer(meta)
+    assert bins(tmp_path / "data" / "big") == expected_bins(tokenizer, [text], 0.6)
+    assert f"1 documents, {len(text):,} characters" in done.stdout
+
+
+@needs_mirror
+def test_many_documents_through_processes_in_order(tmp_path, gpt2):
+    whole, rng = text_of(6_000_000, seed=1), random.Random(1)
+    sizes = [0, 1, 2_500_000] + [rng.choice([10, 1000, 100_000]) for _ in range(200)]
+    ends = np.cumsum(sizes).tolist()
+    documents = [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    assert sum(map(len, documents)) > 4 * MB
+    (tmp_path / "docs").mkdir()
+    for i, text in enumerate(documents):
+        (tmp_path / "docs" / f"{i:04}.txt").write_text(text, encoding="utf-8", newline="")
+    done = run("prepare.py", "docs", "--tokenizer=gpt2", "--val_fraction=0.2", cwd=tmp_path)
+    expected = expected_bins(gpt2, documents, 0.2)
+    assert bins(tmp_path / "data" / "docs") == expected
+    tokens = [len(expected[name]) // 2 for name in ("train.bin", "val.bin")]
+    each = sum(map(len, documents)) / sum(tokens)
+    assert f"203 documents, {sum(map(len, documents)):,} characters, {each:.2f} a token" in done.stdout
+    assert f"{tokens[0]:,} train (" in done.stdout and f"{tokens[1]:,} validation tokens (" in done.stdout
+
+
+def test_few_chunks_are_under_way_at_a_time():
+    taken = 0
+
+    def chunks():
+        nonlocal taken
+        for _ in range(40):
+            taken += 1
+            yield [("train", "ab" * 1000), ("val", "b")]
+
+    tokenizer = prepare.CharTokenizer(["a", "b"])
+    encoded = prepare.encode_chunks(chunks(), tokenizer, workers=2)
+    first = next(encoded)
+    assert taken <= 5
+    assert [first, *encoded] == [prepare.encode_chunk([("train", "ab" * 1000), ("val", "b")], tokenizer)] * 40
+
+
+def test_a_workers_error_is_the_users():
+    chunks = iter([[("train", "ab")], [("train", "a€")], [("train", "ab")]])
+    with pytest.raises(prepare.DataError, match="€"):
+        list(prepare.encode_chunks(chunks, prepare.CharTokenizer(["a", "b"]), workers=2))
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    with open(tmp_path / "big.txt", "w") as file:
+        for i in range(60):
+            file.write(text_of(MB, seed=i % 3))
+    code = "import resource, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True);"
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)"
+    done = run("-c", code, REPO / "prepare.py", "big.txt", cwd=tmp_path)
+    assert "62,914,560 characters" in done.stdout
+    assert int(done.stdout.splitlines()[-1]) < 200  # MB, of the largest process
+
+
+# -- documents in every wrapping -----------------------------------------------------------------------------
+
+
+def wrapped(folder, documents):
+    """{path: argument} of the same documents as a folder, and as .jsonl, plain and compressed."""
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(documents))
+    lines = lines.encode()
+    (folder / "txt").mkdir()
+    for i, text in enumerate(documents):
+        (folder / "txt" / f"{i:03}.txt").write_bytes(text.encode())
+    (folder / "gz" / "deep").mkdir(parents=True)
+    for i, text in enumerate(documents):
+        (folder / "gz" / f"{i:03}.md.gz").write_bytes(gzip.compress(text.encode()))
+    half = len(lines) // 2
+    (folder / "plain.jsonl").write_bytes(lines)
+    (folder / "zipped.jsonl.gz").write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
+    (folder / "packed.jsonl.zst").write_bytes(
+        zstandard.compress(lines[:half]) + zstandard.compress(lines[half:])
+    )
+    return ["txt", "gz", "plain.jsonl", "zipped.jsonl.gz", "packed.jsonl.zst"]
+
+
+def test_the_same_documents_in_every_wrapping(tmp_path):
+    documents = ["first\nline", "", "zwölf 中文 🙂", *(text_of(40_000, seed) for seed in range(30)), "last"]
+    results = []
+    for path in wrapped(tmp_path, documents):
+        run("prepare.py", path, "--name=it", cwd=tmp_path)
+        results.append(bins(tmp_path / "data" / "it"))
+    meta = json.loads((tmp_path / "data" / "it" / "meta.json").read_text())
+    assert [source["path"] for source in meta["sources"]] == ["packed.jsonl.zst"]
+    assert results == [expected_bins(prepare.load_tokenizer(meta), documents)] * 5
+
+
+def test_jsonl_takes_another_key_and_names_a_bad_line(tmp_path):
+    good = json.dumps({"body": "one text", "text": 1})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n{good}\n")
+    run("prepare.py", "a.jsonl", "--text_key=body", cwd=tmp_path)
+    meta = json.loads((tmp_path / "data" / "a" / "meta.json").read_text())
+    tokenizer = prepare.load_tokenizer(meta)
+    assert bins(tmp_path / "data" / "a") == {
+        name: np.array([*tokenizer.encode("one text"), tokenizer.end_of_text], dtype="<u2").tobytes()
+        for name in ("train.bin", "val.bin")
+    }
+    for bad in ('{"text": 1}', '{"other": "x"}', "[]", "nonsense", '"text"', '{"text": "half \\ud83d"}'):
+        (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n\n' + bad + '\n{"text": "fine"}\n')
+        assert "bad.jsonl, line 3: " in refused("prepare.py", "bad.jsonl", cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["a"]
+
+
+def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
+    content = text_of(2 * MB + 1000).encode()
+    at = 2 * MB + 77  # in the third block
+    (tmp_path / "latin.txt").write_bytes(content[:at] + b"\xe9" + content[at:])
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfabc\xff")
+    (tmp_path / "end.txt").write_bytes("abc€".encode()[:-1])
+    (tmp_path / "zipped.txt.gz").write_bytes(gzip.compress(content[:at] + b"\xe9" + content[at:]))
+    for name, byte in (("latin.txt", at), ("bom.txt", 6), ("end.txt", 3), ("zipped.txt.gz", at)):
+        line = refused("prepare.py", name, cwd=tmp_path)
+        assert f"{name} is not UTF-8: byte {byte} is 0x" in line and "--errors=replace" in line
+    assert not list((tmp_path / "data").glob("*"))
+    run("prepare.py", "latin.txt", "--errors=replace", cwd=tmp_path)
+    meta = json.loads((tmp_path / "data" / "latin" / "meta.json").read_text())
+    ids = np.frombuffer(b"".join(bins(tmp_path / "data" / "latin").values()), dtype="<u2")
+    text = content[:at].decode() + "\ufffd" + content[at:].decode()
+    assert prepare.load_tokenizer(meta).decode(ids) == text
+
+
+def test_a_bom_is_no_text(tmp_path):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + b"abc" * 10)
+    run("prepare.py", "bom.txt", cwd=tmp_path)
+    assert json.loads((tmp_path / "data" / "bom" / "meta.json").read_text())["tokenizer"]["chars"] == list(
+        "abc"
+    )
+
+
+def test_binary_files_of_a_folder_are_skipped_and_counted(tmp_path):
+    (tmp_path / "mixed" / "deep").mkdir(parents=True)
+    for name in ("a.txt", "deep/b.MD"):
+        (tmp_path / "mixed" / name).write_text("some text")
+    (tmp_path / "mixed" / "utf16.txt").write_text("some text", encoding="utf-16")
+    (tmp_path / "mixed" / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "mixed" / "deep" / "archive.tar.gz").write_bytes(gzip.compress(b"some text"))
+    done = run("prepare.py", "mixed", cwd=tmp_path)
+    assert "2 documents" in done.stdout and "3 files are not text" in done.stdout
+    meta = json.loads((tmp_path / "data" / "mixed" / "meta.json").read_text())
+    assert [Path(source["path"]).name for source in meta["sources"]] == ["a.txt", "b.MD"]
+    assert meta["sources"][0]["sha256"] == prepare.file_sha256(tmp_path / "mixed" / "a.txt")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_damaged_archives_are_refused(tmp_path, suffix):
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    content = pack(os.urandom(50_000).hex().encode())
+    for i, damaged in enumerate((content[:-1], content[:9000] + b"?" * 99 + content[9099:], b"plain text")):
+        (tmp_path / f"{i}.txt{suffix}").write_bytes(damaged)
+        assert f"{i}.txt{suffix} is damaged" in refused("prepare.py", f"{i}.txt{suffix}", cwd=tmp_path)
+    assert not list((tmp_path / "data").glob("*"))
+
+
+def test_without_zstandard_one_line_says_so(tmp_path):
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"text " * 100))
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "zstandard.py").write_text("raise ImportError('No module named zstandard')")
+    env = {"PYTHONPATH": str(tmp_path / "without")}
+    assert "pip install zstandard" in refused("prepare.py", "a.txt.zst", cwd=tmp_path, env=env)
+    run("prepare.py", "a.txt.zst", cwd=tmp_path)
+    assert (tmp_path / "data" / "a").is_dir()
+
+
+# -- vocabularies --------------------------------------------------------------------------------------------
+
+
+def test_max_vocab_keeps_the_most_frequent_words(tmp_path):
+    (tmp_path / "a.txt").write_text("b b b a a a e e g g h h i i j j c c d d f " * 20)
+    run("prepare.py", "a.txt", "--tokenizer=word", "--max_vocab=5", cwd=tmp_path)
+    meta = json.loads((tmp_path / "data" / "a" / "meta.json").read_text())
+    assert (
+        meta["tokenizer"]["vocab"] == ["a", "b", "c", "<|endoftext|>", "<|unk|>"] and meta["vocab_size"] == 5
+    )
+    tokenizer = prepare.load_tokenizer(meta)
+    assert tokenizer.decode(tokenizer.encode("a d f c")) == "a <|unk|> <|unk|> c"
+    train_ids = np.frombuffer(bins(tmp_path / "data" / "a")["train.bin"], dtype="<u2")
+    assert train_ids[:21].tolist() == [1, 1, 1, 0, 0, 0, *[4] * 10, 2, 2, *[4] * 3]
+    for flags in (
+        ["--max_vocab=5"],
+        ["--tokenizer=word", "--max_vocab=2"],
+        ["--tokenizer=word", "--max_vocab=65537"],
+    ):
+        assert "--max_vocab" in refused("prepare.py", "a.txt", *flags, cwd=tmp_path)
+
+
+def test_more_words_than_uint16_counts_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(map(str, range(65_535))))
+    line = refused("prepare.py", "a.txt", "--tokenizer=word", cwd=tmp_path)
+    assert all(words in line for words in ("65536", "--tokenizer=gpt2", "--max_vocab"))
+    (tmp_path / "a.txt").write_text(" ".join(map(str, range(65_534))))
+    run("prepare.py", "a.txt", "--tokenizer=word", cwd=tmp_path)
+    assert json.loads((tmp_path / "data" / "a" / "meta.json").read_text())["vocab_size"] == 65_536
+
+
+# -- interruptions -------------------------------------------------------------------------------------------
+
+
+def processes_of(group):
+    """The process IDs of a process group that still run."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = stat.read_text().rsplit(")", 1)[1].split()[:3]
+        except OSError:  # it has just gone
+            continue
+        if int(of_group) == group and state != "Z":
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("kill", ["Ctrl-C", "SIGKILL"])
+def test_interrupted_it_leaves_nothing_and_runs_again(tmp_path, kill):
+    text = text_of(500_000)
+    (tmp_path / "big.txt").write_text(text * 40)
+    command = [sys.executable, REPO / "prepare.py", "big.txt", "--tokenizer=word"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run with a &
+    )
+    partial = tmp_path / "data" / ".big.new" / "train.bin"
+    while not (partial.exists() and partial.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    assert len(processes_of(process.pid)) > 2
+    if kill == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.kill()
+    errors = process.communicate(timeout=60)[1]
+    deadline = time.monotonic() + 60
+    while processes_of(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (tmp_path / "data" / "big").exists()
+    if kill == "Ctrl-C":
+        assert process.returncode == 1 and list((tmp_path / "data").iterdir()) == []
+        assert errors == "prepare.py: interrupted; nothing half-done is left, run it again\n"
+    (tmp_path / "big.txt").write_text(text)
+    run("prepare.py", "big.txt", "--tokenizer=word", cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["big"]
+    tokenizer = prepare.load_tokenizer(json.loads((tmp_path / "data" / "big" / "meta.json").read_text()))
+    assert bins(tmp_path / "data" / "big") == expected_bins(tokenizer, [text])
+
+
+def test_full_disk_ends_in_one_line(tmp_path):
+    (tmp_path / "big.txt").write_text(text_of(500_000) * 12)
+    done = run_on_a_full_disk(3 * MB, "prepare.py", "big.txt", cwd=tmp_path)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "File too large" in done.stderr and "make room" in done.stderr
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+# -- FineWeb -------------------------------------------------------------------------------------------------
+
+PLACE = "/huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
+
+
+def shard(ids, magic=20240520, version=1, tokens=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if tokens is None else tokens
+    return header.tobytes() + np.array(ids, dtype="<u2").tobytes()
+
+
+@pytest.fixture
+def fineweb(server):
+    rng = np.random.default_rng(0)
+    ids = {name: rng.integers(0, 50257, 100_000) for name in ("train_000001", "train_000002", "val_000000")}
+    Server.files = {f"{PLACE}{name}.bin": shard(some) for name, some in ids.items()}
+    return {"PLAINGPT_MIRROR": server, "HTTPS_PROXY": "http://127.0.0.1:9"}, ids  # no way round the mirror
+
+
+def test_fineweb_goes_on_where_it_was_interrupted(tmp_path, fineweb, monkeypatch):
+    env, ids = fineweb
+    second, Server.files[f"{PLACE}train_000002.bin"] = Server.files[f"{PLACE}train_000002.bin"], None
+    Server.breaks = 1
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(prepare.time, "sleep", lambda seconds: None)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with pytest.raises(prepare.DataError, match="train_000002.bin"):
+            prepare.prepare_fineweb("fineweb", 2)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".cache"]
+    first = [asked for path, asked in Server.requests if path.endswith("train_000001.bin")]
+    assert first[0] is None and re.fullmatch(r"bytes=\d+-", first[1])  # broken off, and resumed
+    Server.files[f"{PLACE}train_000002.bin"] = second
+    Server.requests.clear()
+    done = run("prepare.py", "fineweb", "--shards=2", cwd=tmp_path, env=env)
+    assert {path.split("fineweb_")[1] for path, _ in Server.requests} == {
+        "train_000002.bin",
+        "val_000000.bin",
+    }
+    folder = tmp_path / "data" / "fineweb"
+    written = bins(folder)
+    whole = np.concatenate([ids["train_000001"], ids["train_000002"]])
+    assert written["train.bin"] == whole.astype("<u2").tobytes()
+    assert written["val.bin"] == ids["val_000000"].astype("<u2").tobytes()
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"]) == (200_000, 100_000, 50257)
+    assert meta["tokenizer"] == {"type": "gpt2"} and len(meta["sources"]) == 3
+    assert all(set(source) == {"url", "sha256"} for source in meta["sources"])
+    assert "200,000 train (66.7%) and 100,000 validation tokens (33.3%)" in done.stdout
+    Server.requests.clear()
+    run("prepare.py", "fineweb", cwd=tmp_path, env=env)
+    assert Server.requests == [] and (folder / "train.bin").stat().st_size == 200_000
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"magic": 1},
+        {"version": 2},
+        {"tokens": 99_999},
+        None,
+    ],
+)
+def test_fineweb_refuses_what_is_no_shard(tmp_path, fineweb, damage):
+    env, ids = fineweb
+    path, good = f"{PLACE}train_000001.bin", Server.files[f"{PLACE}train_000001.bin"]
+    Server.files[path] = b"<html>" if damage is None else shard(ids["train_000001"], **damage)
+    done = run("prepare.py", "fineweb", cwd=tmp_path, env=env, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "train_000001.bin came as something else" in done.stderr.splitlines()[-1]
+    Server.files[path] = good
+    run("prepare.py", "fineweb", cwd=tmp_path, env=env)  # fetched anew
+    assert (tmp_path / "data" / "fineweb" / "train.bin").stat().st_size == 200_000
+
+
+def test_fineweb_is_gpt2s(tmp_path):
+    for flag in ("--shards=0", "--tokenizer=char"):
+        assert "GPT-2" in refused("prepare.py", "fineweb", flag, cwd=tmp_path)
+
+
+# -- many files ----------------------------------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), data=st.data())
+def test_shards_are_one_sequence(sizes, data):
+    whole = np.arange(sum(sizes), dtype=np.uint16) * 7
+    shards = train.Shards(np.split(whole, np.cumsum(sizes)[:-1]))
+    assert len(shards) == len(whole) and shards.max() == whole.max()
+    index = np.array(
+        data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=3, max_size=3), min_size=1))
+    )
+    assert shards[index].tolist() == whole[index].tolist() and shards[index].dtype == np.uint16
+    assert shards[:4].tolist() == whole[:4].tolist()
+
+
+def test_training_reads_many_files_as_one(workdir, monkeypatch):
+    for name, parts in (("one", 1), ("many", 3)):
+        folder = workdir / "data" / name
+        folder.mkdir()
+        for split in ("train", "val"):
+            ids = np.fromfile(workdir / "data" / "pydocs" / f"{split}.bin", dtype="<u2")[:3001]
+            for i, part in enumerate(np.array_split(ids, parts)):
+                part.tofile(folder / (f"{split}_{i:03}.bin" if parts > 1 else f"{split}.bin"))
+    flags = [*TINY.split(), "--max_iters=20", "--eval_iters=0"]
+    for name in ("one", "many"):
+        done = run("train.py", *flags, f"--dataset={name}", f"--out_dir=out/{name}", cwd=workdir)
+        assert "taken for GPT-2" in done.stderr
+    for key in ("loss", "val_loss"):
+        assert metrics(workdir / "out" / "many", key) == metrics(workdir / "out" / "one", key)
+    done = run(
+        "sample.py",
+        "--out_dir=out/many",
+        "--num_samples=1",
+        "--max_new_tokens=5",
+        "--device=cpu",
+        cwd=workdir,
+    )
+    assert done.stdout
+    np.full(100, 60_000, dtype="<u2").tofile(workdir / "data" / "many" / "train_001.bin")
+    done = run("train.py", *flags, "--dataset=many", "--out_dir=out/wild", cwd=workdir, check=False)
+    assert done.returncode == 1 and "data/many" in done.stderr and "60000" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (workdir / "out" / "wild").exists()
+    (workdir / "data" / "many" / "train_001.bin").write_bytes(b"odd")
+    monkeypatch.chdir(workdir)
+    with pytest.raises(ValueError, match=r"data/many/train\*.bin is missing, empty or truncated"):
+        train.load_dataset("many")
