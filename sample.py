@@ -2,6 +2,7 @@
 
 python sample.py --out_dir=out/quickstart --start="The for statement"
 python sample.py --init_from=out/quickstart/ckpt.pt --start=FILE:prompt.txt --num_samples=3 --temperature=0
+python sample.py --init_from=gpt2 --start="The capital of France is" --show_probs=True
 """
 
 import signal
@@ -18,6 +19,7 @@ temperature = 0.8  # below 1 more of what is likely, above 1 more variety; 0: al
 top_k: int | None = 200  # choose among so many likeliest tokens; None: all
 top_p: float | None = None  # choose among the likeliest that have this probability together; None: all
 stop: str | None = None  # end a sample where it has generated this text; end-of-text always ends it
+show_probs = False  # instead of a text: a table of the likeliest next tokens at several temperatures
 seed = 1337  # the same seed, the same text
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
@@ -37,7 +39,7 @@ from typing import Any
 
 import torch
 
-from model import GPT, load_checkpoint, pick_device
+from model import GPT, load_checkpoint, next_token_probs, pick_device
 from prepare import DataError, Tokenizer, load_tokenizer, weights_path
 
 
@@ -66,7 +68,8 @@ def text_stream(
         keep = max((n for n in range(1, len(stop or "")) if waiting.endswith(stop[:n])), default=0)
         yield waiting[: len(waiting) - keep]
         waiting = waiting[len(waiting) - keep :]
-    yield waiting + tokenizer.decode(held)[len(shown) :]
+    waiting += tokenizer.decode(held)[len(shown) :]
+    yield waiting.split(stop)[0] if stop else waiting
 
 
 def find_meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -92,12 +95,30 @@ def prompts() -> Iterator[str]:
     yield Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompt: str, generator: torch.Generator) -> None:
-    """Print num_samples continuations of a prompt, made as one batch, the first as it comes; or DataError."""
+def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The prompt's last block_size token IDs, or end-of-text where there are none. Raises DataError."""
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
     if len(ids) > (longest := model.config.block_size):
         print(f"the prompt is cropped to its last {longest} of {len(ids)} tokens", file=sys.stderr)
-        ids = ids[-longest:]
+    return ids[-longest:]
+
+
+@torch.no_grad()
+def print_probs(model: GPT, tokenizer: Tokenizer, prompt: str, device: str) -> None:
+    """Print what may come after a prompt: the ten likeliest tokens, their probabilities, and bars."""
+    idx = torch.tensor([encode_prompt(model, tokenizer, prompt)], device=device)
+    logits = model(idx)[0][:, -1, : tokenizer.vocab_size]  # (1, V)
+    temperatures = (0.5, 1.0, 1.5)
+    probs = [next_token_probs(logits, t)[0][0] for t in temperatures]  # 3 x (V,)
+    print("".join(f"temperature {t:<18}" for t in temperatures) + "next token")
+    for token in logits[0].topk(min(10, logits.size(-1))).indices.tolist():
+        columns = (f"{p[token]:6.1%} {'█' * round(20 * p[token].item()):22}" for p in probs)
+        print(f"{' '.join(columns)} {tokenizer.decode([token])!r}")
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompt: str, generator: torch.Generator) -> None:
+    """Print num_samples continuations of a prompt, made as one batch, the first as it comes; or DataError."""
+    ids = encode_prompt(model, tokenizer, prompt)
     idx = torch.tensor([ids] * num_samples, device=generator.device)
     options = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
     rows: list[list[int]] = [[] for _ in range(num_samples)]
@@ -155,7 +176,10 @@ def main() -> None:
     try:
         for prompt in prompts():
             try:
-                complete(model, tokenizer, prompt, generator)
+                if show_probs:
+                    print_probs(model, tokenizer, prompt, use_device)
+                else:
+                    complete(model, tokenizer, prompt, generator)
             except DataError as error:
                 if start != "-":
                     sys.exit(f"sample.py: {error}; choose another --start")

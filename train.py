@@ -65,6 +65,7 @@ device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU that has it
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
 seed = 1337  # of weights, batches and dropout
+tensorboard = False  # write the numbers of metrics.jsonl for tensorboard --logdir=out as well
 sample_prompt: str | None = None  # continued at each evaluation; None: as validation begins; "": no sample
 
 if __name__ == "__main__":
@@ -541,6 +542,13 @@ def main(given: dict[str, Any]) -> None:
             write_atomically(run / "metrics.jsonl", lambda file: file.write(kept))
         except OSError as error:
             fail(f"cannot write to {run}: {error}")
+    board = None
+    if tensorboard and writes:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("tensorboard=True needs a package that is not there: pip install tensorboard")
+        board = SummaryWriter(str(run), purge_step=step)
     bar = tqdm(total=last_step, initial=step, unit="step", disable=None if writes else True)
     prompt: list[int] = []
     if rank == 0 and sample_prompt != "":
@@ -566,6 +574,9 @@ def main(given: dict[str, Any]) -> None:
         if writes:
             metrics.append(line)
             written(run / "metrics.jsonl", append)
+        for name in line.keys() - {"step", "seconds"} if board else ():
+            if line[name] is not None:
+                board.add_scalar(name, line[name], line["step"])
 
     def save(improved: bool) -> None:
         """Copy the state and let it be written, to best.pt too where improved, while training goes on."""
@@ -688,6 +699,8 @@ def main(given: dict[str, Any]) -> None:
             break
 
     bar.close()
+    if board:
+        board.close()
     if not saving.result():
         fail(f"the end of the run is lost: {run}/ckpt.pt could not be written")
     if stopping:

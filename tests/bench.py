@@ -5,6 +5,7 @@
         --peer_config=config/train_shakespeare_char_cpu.py
     python tests/bench.py sample --peer=../nanoGPT
     python tests/bench.py tokenize --mb=1000
+    python tests/bench.py ladder --plot=assets/ladder.png
 
 Rounds alternate ours and the peer, so that a machine that drifts slows both; medians, ranges and ratios are
 printed, and a line of JSON. The dataset must be prepared here.
@@ -238,6 +239,37 @@ def plot_curves(results: dict[str, list[dict]], args: argparse.Namespace) -> Non
     figure.savefig(args.plot, dpi=120)
 
 
+LADDER = {  # what each idea of GPT adds to the one before, at equal steps; heads of 32
+    "bigram": "--n_layer=0",
+    "one head": "--n_layer=1 --n_head=1 --n_embd=32",
+    "four heads": "--n_layer=1",
+    "four layers": "",
+    "dropout 0.1": "--dropout=0.1",
+    "Muon": "--optimizer=muon --learning_rate=5e-3 --lr_schedule=linear --min_lr=0",
+    "Muon, modern": "--optimizer=muon --learning_rate=5e-3 --lr_schedule=linear --min_lr=0 --position=rope"
+    " --qk_norm=True --activation=relu2 --init=zero --tie_weights=False",
+}
+
+
+def bench_ladder(args: argparse.Namespace) -> None:
+    """Train each rung, print its whole-split validation loss, and draw all curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss on the whole validation split (nats)")
+    for name, flags in LADDER.items():
+        common = [f"--max_iters={args.steps}", f"--eval_interval={args.steps // 10}", "--eval_iters=150"]
+        run = train_ours(args.config, [*common, "--device=cpu", *flags.split()])
+        steps = [i * (args.steps // 10) for i in range(len(run["curve"]))]
+        seconds, loss = run["curve"][-1]
+        axes.plot(steps, [loss for _, loss in run["curve"]], marker=".", label=f"{name}, {loss:.3f}")
+        print(f"{name:14} {loss:.4f} after {seconds:.0f} s", flush=True)
+    axes.set_ylim(top=3.0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(args.plot, dpi=120)
+
+
 def generators(args: argparse.Namespace) -> dict:
     """{name: (model, generate(idx, n))} of one GPT-2: ours in each --dtype, others in the first of them."""
     import torch
@@ -463,6 +495,11 @@ def main() -> None:
     train.add_argument("--rounds", type=int, default=3, help="each with another seed")
     train.add_argument("--device", default="cpu")
     train.set_defaults(run=bench_train)
+    ladder = commands.add_parser("ladder", help="what each idea of GPT buys, in one picture")
+    ladder.add_argument("--config", default="config/train_shakespeare_char_cpu.py")
+    ladder.add_argument("--steps", type=int, default=1000)
+    ladder.add_argument("--plot", default="ladder.png")
+    ladder.set_defaults(run=bench_ladder)
     sample = commands.add_parser("sample", help="tokens a second of GPT-2")
     sample.add_argument("--init_from", default="random", help="random weights of 124M, or as sample.py's")
     sample.add_argument("--peer", help="a checkout of nanoGPT to run beside ours, in turns")

@@ -1,5 +1,6 @@
 """Text out of a checkpoint: what goes to standard output, and what never does."""
 
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,22 @@ def test_standard_output_is_the_generated_text_alone(trained, workdir):
     assert done.stdout == tokenizer.decode(expected) + "\n"
     assert done.stderr.startswith("The for statement")  # on a terminal, prompt and text are read as one
     assert done.stderr.splitlines()[-1].endswith("tokens/s")
+
+
+def test_the_likeliest_next_tokens(trained, workdir):
+    """Ten lines of probabilities that fall, and less so the warmer it is."""
+    checkpoint = load_checkpoint(trained / "best.pt")
+    model, tokenizer = GPT.from_state(checkpoint).eval(), load_tokenizer(checkpoint["meta"])
+    logits = model(torch.tensor([tokenizer.encode("The for statement")]))[0][0, -1]
+    head, *lines = sampled(workdir, "--start=The for statement", "--show_probs=True").splitlines()
+    assert head.split()[::2] == ["temperature"] * 3 + ["next"] and len(lines) == 10
+    rows = [re.findall(r"([\d.]+)%", line) for line in lines]
+    for t, column in zip((0.5, 1.0, 1.5), zip(*rows, strict=True), strict=True):
+        expected = 100 * (logits / t).softmax(-1).topk(10).values
+        torch.testing.assert_close(torch.tensor([float(p) for p in column]), expected, atol=0.051, rtol=0)
+    assert [line.split(maxsplit=3)[-1][-3:] for line in lines][0] == repr(
+        tokenizer.decode([logits.argmax().item()])
+    )
 
 
 def test_seeds_files_and_several_samples(trained, workdir):

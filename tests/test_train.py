@@ -1,5 +1,6 @@
 """The training loop: what is pure tested alone, the rest with real processes on real text."""
 
+import importlib.util
 import json
 import math
 import re
@@ -191,6 +192,16 @@ def test_a_resumed_run_takes_what_is_given_now(trained, workdir):
     assert checkpoint["tokens"] == 60 * 4 * 32 + 2 * 8 * 32
     args = "--init_from=resume --out_dir=out/changed --eval_only=True --max_iters=9 --sample_prompt="
     assert "step 62: train loss" in run("train.py", *args.split(), cwd=workdir).stdout
+
+
+def test_tensorboard_is_optional_and_takes_the_numbers(workdir):
+    """Without the package one clear line; with it, an event file."""
+    args = [*TINY, "--max_iters=2", "--tensorboard=True"]
+    if importlib.util.find_spec("tensorboard") is None:
+        assert "pip install tensorboard" in refused("train.py", *args, "--out_dir=out/board", cwd=workdir)
+    else:
+        run("train.py", *args, "--out_dir=out/board", cwd=workdir)
+        assert len(list((workdir / "out" / "board").glob("events.out.tfevents.*"))) == 1
 
 
 def test_epochs_settle_the_steps(workdir):

@@ -1,0 +1,31 @@
+# The model of train_shakespeare_char_cpu.py in a modern dress: far better after the same time on a CPU.
+#   python prepare.py shakespeare_char && python train.py config/train_shakespeare_char_cpu_fast.py
+
+out_dir = "out/shakespeare_char_cpu_fast"
+dataset = "shakespeare_char"
+sample_prompt = "\n"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 12
+dropout = 0.0
+bias = False
+tie_weights = False  # input and output embedding want different rates of learning
+position = "rope"
+qk_norm = True
+activation = "relu2"
+init = "zero"
+
+optimizer = "muon"
+learning_rate = 5e-3
+muon_learning_rate = 0.02
+lr_schedule = "linear"
+beta2 = 0.99  # a step has few tokens
+warmup_iters = 100
+max_iters = 2000
+
+eval_interval = 250
+eval_iters = 20
+log_interval = 10
