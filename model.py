@@ -22,7 +22,7 @@ ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's; Hendrycks and Gimpel 2016, section 2
     "gelu_erf": F.gelu,  # the exact form
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
+    "relu2": lambda x: (r := F.relu(x)) * r,  # So et al. 2021, Primer
 }
 
 
@@ -121,16 +121,16 @@ class KVCache:
 
 
 def rotary(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (T, size / 2) of the angles by which positions (T,) rotate pairs (Su et al. 2021)."""
+    """Cosines and signed sines (T, 1, 1, size) of the angles at positions (T,) (Su et al. 2021, 3.2.2)."""
     frequencies = 10000 ** (-torch.arange(0, size, 2, device=positions.device) / size)
-    angles = positions[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    angles = positions[:, None, None, None] * frequencies
+    sin = angles.sin()
+    return angles.cos().repeat(1, 1, 1, 2), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + D / 2]) of x (B, H, T, D), so that q @ k knows how far apart they are."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+    """Rotate the pairs (x[i], x[i + D / 2]) of x (..., T, 2, H, D): q @ k tells how far apart they are."""
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -150,19 +150,23 @@ class CausalSelfAttention(nn.Module):
         self, x: torch.Tensor, angles: tuple[torch.Tensor, ...] = (), cache: KVCache | None = None
     ) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B, T, H, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)
         if self.qk_norm:
-            q, k = (F.rms_norm(t, t.shape[-1:]).type_as(t) for t in (q, k))
+            qk = F.rms_norm(qk, qk.shape[-1:], eps=1e-6).type_as(v)
         if angles:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            qk = rotate(qk, *angles)
+        q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(2), v.squeeze(2)))  # each (B, H, T, D)
         if cache:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D): S tokens so far; without a cache S is T
         mask = cache.mask if cache else None  # (T, S); None: at itself and all before
         causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
         if self.flash:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)  # (B, H, T, D)
+            if x.device.type == "cpu" and torch.is_grad_enabled():  # where bfloat16's backward is slow
+                q, k, v = q.float(), k.float(), v.float()
+            with torch.autocast(x.device.type, enabled=False):
+                y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)  # (B, H, T, D)
+            y = y.to(qk.dtype)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
             if causal:
@@ -323,7 +327,9 @@ class GPT(nn.Module):
         its peak as initial_lr.
         """
         params = [p for p in self.parameters() if p.requires_grad]
-        hidden = {p for p in self.transformer.h.parameters() if p.dim() == 2} if muon_learning_rate else set()
+        hidden = set()
+        if muon_learning_rate is not None:
+            hidden = {p for p in self.transformer.h.parameters() if p.dim() == 2}
         groups = [
             {"params": [p for p in params if p.dim() >= 2 and p not in hidden], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
@@ -359,7 +365,7 @@ class GPT(nn.Module):
             raise ValueError("the prompt has no token to continue")
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
         longest = self.config.block_size
-        size = min(longest, idx.size(1) + max_new_tokens)
+        size = longest if self.decode else min(longest, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config.n_layer, size, static=self.decode is not None)
         new = idx  # the prompt at once, then token by token
         for _ in range(max_new_tokens):

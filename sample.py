@@ -187,7 +187,8 @@ def main() -> None:
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        sys.exit(f"sample.py: cannot read the prompt: {error}")
+        what = "the prompt is not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
+        sys.exit(f"sample.py: {what}{error}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     given = configure(globals())  # before the slow imports: --help and a mistyped key answer at once
 
+import ctypes
 import functools
 import gc
 import json
@@ -295,8 +296,8 @@ def write_checkpoint(run: Path, state: dict[str, Any], improved: bool, keep: int
         except OSError:  # a filesystem without hard links
             write(path, state)
         kept = [path for path in run.glob("ckpt_*.pt") if path.stem[5:].isdigit()]
-        for path in sorted(kept, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
-            path.unlink()
+        for old in sorted(kept, key=lambda path: int(path.stem[5:]))[:-keep]:
+            written(old, old.unlink)
     return saved
 
 
@@ -414,7 +415,7 @@ def check_settings(given: dict[str, Any]) -> None:
 
 def restore_settings(checkpoint: dict[str, Any], given: dict[str, Any]) -> None:
     """Take what is not given from the checkpoint; end where what is given does not fit its weights."""
-    model_args = checkpoint["model_args"]
+    model_args = asdict(GPTConfig()) | checkpoint["model_args"]
     saved = (checkpoint["config"] if init_from == "resume" else {}) | model_args
     for name in read_settings(globals()):
         if name in saved and name not in given and name not in ("out_dir", "init_from"):
@@ -458,6 +459,9 @@ def main(given: dict[str, Any]) -> None:
 
     # machine
     device_type = use_device.split(":")[0]
+    if device_type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, and M_TRIM_THRESHOLD: keep the memory that is freed,
+        libc.mallopt(-1, 2**31 - 1)  # for page faults took up to a tenth of a step
     if world_size > 1:
         if device_type == "cuda":
             use_device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -497,7 +501,7 @@ def main(given: dict[str, Any]) -> None:
     if resume:
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
         best_val_loss = checkpoint["best_val_loss"]
-        if len(checkpoint["optimizer"]) != len(optimizers):
+        if not isinstance(checkpoint["optimizer"], list) or len(checkpoint["optimizer"]) != len(optimizers):
             fail(f"{optimizer=}, but the checkpoint has optimizer={checkpoint['config'].get('optimizer')}")
         for one, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             settled = [{k: v for k, v in group.items() if k != "params"} for group in one.param_groups]
@@ -576,7 +580,7 @@ def main(given: dict[str, Any]) -> None:
             written(run / "metrics.jsonl", append)
         for name in line.keys() - {"step", "seconds"} if board else ():
             if line[name] is not None:
-                board.add_scalar(name, line[name], line["step"])
+                written(run, lambda name=name: board.add_scalar(name, line[name], line["step"]))
 
     def save(improved: bool) -> None:
         """Copy the state and let it be written, to best.pt too where improved, while training goes on."""
@@ -667,8 +671,8 @@ def main(given: dict[str, Any]) -> None:
             scaler.unscale_(one)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         skipped += ~grad_norm.isfinite()
-        for one in optimizers:
-            scaler.step(one)  # float16's scaler passes over such a step, and lowers its scale
+        for one in optimizers if not scaler.is_enabled() or grad_norm.isfinite() else ():
+            scaler.step(one)  # float16 passes over a step that overflowed, and its scale is lowered
         scaler.update()
         model.zero_grad(set_to_none=True)
         step += 1
@@ -700,7 +704,7 @@ def main(given: dict[str, Any]) -> None:
 
     bar.close()
     if board:
-        board.close()
+        written(run, board.close)
     if not saving.result():
         fail(f"the end of the run is lost: {run}/ckpt.pt could not be written")
     if stopping:

@@ -11,11 +11,21 @@ n_embd = 128
 block_size = 128
 batch_size = 16
 
-learning_rate = 2e-3
+bias = False
+tie_weights = False
+position = "rope"
+qk_norm = True
+activation = "relu2"
+init = "zero"
+
+optimizer = "muon"
+learning_rate = 5e-3
+muon_learning_rate = 0.01
+lr_schedule = "linear"
 beta2 = 0.99  # a step has few tokens
 warmup_iters = 100
-max_iters = 2000
+max_iters = 1200
 
-eval_interval = 200
+eval_interval = 120
 eval_iters = 20
 log_interval = 10

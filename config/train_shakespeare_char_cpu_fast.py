@@ -1,4 +1,4 @@
-# The model of train_shakespeare_char_cpu.py in a modern dress: far better after the same time on a CPU.
+# As many parameters as train_shakespeare_char_cpu.py in a modern dress: far better after a minute on a CPU.
 #   python prepare.py shakespeare_char && python train.py config/train_shakespeare_char_cpu_fast.py
 
 out_dir = "out/shakespeare_char_cpu_fast"
@@ -8,7 +8,7 @@ sample_prompt = "\n"
 n_layer = 4
 n_head = 4
 n_embd = 128
-block_size = 64
+block_size = 128
 batch_size = 12
 dropout = 0.0
 bias = False
@@ -18,14 +18,16 @@ qk_norm = True
 activation = "relu2"
 init = "zero"
 
+dtype = "bfloat16"  # faster on a CPU with AMX (Intel since 2023); "float32" on others
+
 optimizer = "muon"
 learning_rate = 5e-3
-muon_learning_rate = 0.02
+muon_learning_rate = 0.01
 lr_schedule = "linear"
 beta2 = 0.99  # a step has few tokens
 warmup_iters = 100
-max_iters = 2000
+max_iters = 900
 
-eval_interval = 250
+eval_interval = 75
 eval_iters = 20
 log_interval = 10

@@ -2,7 +2,8 @@
 
     python tests/bench.py train config/train_shakespeare_char_cpu.py --peer=../nanoGPT --steps=300 --rounds=4
     python tests/bench.py train config/train_shakespeare_char_cpu_fast.py --to_loss=peer --peer=../nanoGPT \
-        --peer_config=config/train_shakespeare_char_cpu.py
+        --plot=assets/race.png --peer_config=config/train_shakespeare_char_cpu.py \
+        --peer_set learning_rate=1e-3
     python tests/bench.py sample --peer=../nanoGPT
     python tests/bench.py tokenize --mb=1000
     python tests/bench.py ladder --plot=assets/ladder.png
@@ -142,12 +143,21 @@ def utilization(settings: dict, tokens_per_second: float, device: str) -> str:
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **{name: settings[name] for name in names}))
     gpu = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
     if device == "cuda" and peak:
         return f"MFU {100 * model.estimate_mfu(tokens_per_second, peak):.1f}% of {gpu}"
     return (
         f"{model.estimate_mfu(tokens_per_second, 1) / 1e9:,.0f} GFLOP/s (the peak of {gpu} is not known here)"
     )
+
+
+def assignment(pair: str) -> tuple[str, Any]:
+    """KEY=VALUE; a value that is no number is a text."""
+    key, value = pair.split("=", 1)
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -158,7 +168,12 @@ def bench_train(args: argparse.Namespace) -> None:
     """Time a step, or with --to_loss a whole run up to a loss, of ours and of nanoGPT in turns."""
     settings = our_settings(args.config)
     theirs = our_settings(args.peer_config or args.config)
+    theirs |= dict(map(assignment, args.peer_set))
+    settings |= dict(map(assignment, args.set))
     flags = [f"--device={args.device}", f"--compile={args.device == 'cuda'}"]
+    if args.dataset:
+        settings["dataset"] = theirs["dataset"] = args.dataset
+        flags.append(f"--dataset={args.dataset}")
     results: dict[str, list[dict]] = {"plainGPT": [], "nanoGPT": []} if args.peer else {"plainGPT": []}
     for seed in range(1337, 1337 + args.rounds):
         for name, runs in results.items():
@@ -185,7 +200,7 @@ def bench_train(args: argparse.Namespace) -> None:
         memory = max(run["memory"] for run in runs) / 1e9
         print(f"{name:9} {spread(ms)} ms a step, {speed:,.0f} tokens/s, {memory:.2f} GB, ", end="")
         print(utilization(use, speed, args.device))
-    if args.peer:
+    if args.peer and not args.to_loss:
         ratios = [
             statistics.median(b["ms"]) / statistics.median(a["ms"])
             for a, b in zip(*results.values(), strict=True)
@@ -485,12 +500,16 @@ def main() -> None:
     train.add_argument("config")
     train.add_argument("--peer", help="a checkout of nanoGPT to run beside ours, in turns")
     train.add_argument("--peer_config", help="the config whose sizes it takes; default: the same")
+    train.add_argument("--dataset", help="of both; default: the config's")
     train.add_argument("--steps", type=int, default=300, help="of a run that is timed")
     train.add_argument(
         "--to_loss", help="whole runs: seconds to this validation loss, or to the peer's final one"
     )
     train.add_argument("--evaluations", type=int, default=40, help="in a whole run")
     train.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of ours alone")
+    train.add_argument(
+        "--peer_set", nargs="*", default=[], metavar="KEY=NUMBER", help="settings of the peer alone"
+    )
     train.add_argument("--plot", help="draw the validation losses over time into this file")
     train.add_argument("--rounds", type=int, default=3, help="each with another seed")
     train.add_argument("--device", default="cpu")
