@@ -296,7 +296,7 @@ def write_checkpoint(run: Path, state: dict[str, Any], improved: bool, keep: int
         except OSError:  # a filesystem without hard links
             write(path, state)
         kept = [path for path in run.glob("ckpt_*.pt") if path.stem[5:].isdigit()]
-        for old in sorted(kept, key=lambda path: int(path.stem[5:]))[:-keep]:
+        for old in sorted(kept, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
             written(old, old.unlink)
     return saved
 

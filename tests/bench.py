@@ -308,9 +308,8 @@ def generators(args: argparse.Namespace) -> dict:
         return model, lambda idx, n: model.generate(idx, n, top_k=200, vocab_size=config.vocab_size)
 
     def transformers_model():
-        c = transformers.GPT2Config(
-            config.vocab_size, config.block_size, config.n_embd, config.n_layer, config.n_head
-        )
+        sizes = {"vocab_size": config.vocab_size, "n_positions": config.block_size, "n_embd": config.n_embd}
+        c = transformers.GPT2Config(**sizes, n_layer=config.n_layer, n_head=config.n_head)
         model = transformers.GPT2LMHeadModel(c).eval().to(args.device, getattr(torch, dtypes[0]))
         model.generation_config.eos_token_id = None
         options = {"do_sample": True, "top_k": 200, "pad_token_id": 0}
@@ -363,10 +362,8 @@ def bench_sample(args: argparse.Namespace) -> None:
     if args.only:  # a process of its own, for its peak memory
         model, generate = makers[args.only]()
         generate(torch.randint(1000, (8, 900), device=args.device), 8)
-        on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-        print(torch.cuda.max_memory_allocated() if args.device == "cuda" else on_cpu)
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # Linux alone
+        print(torch.cuda.max_memory_allocated() if args.device == "cuda" else 1024 * int(peak[1]))
         return
     models, results = {name: make() for name, make in makers.items()}, []
     mine = models[next(iter(models))][0]
