@@ -46,9 +46,7 @@ class GPTConfig:
     position: str = "learned"  # an embedding of each position, as GPT-2; "rope": queries and keys are rotated
     qk_norm: bool = False  # queries and keys of unit root mean square
     flash: bool = True  # fused scaled_dot_product_attention; False: the same attention spelled out
-    init: str = (
-        "gpt2"  # N(0, 0.02), residual projections / sqrt(2 n_layer); "zero": those 0; "torch": its own
-    )
+    init: str = "gpt2"  # N(0, 0.02), residual projections / sqrt(2 n_layer); "zero": 0; "torch": its own
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_head", "n_embd"):
@@ -162,8 +160,8 @@ class CausalSelfAttention(nn.Module):
         causal = mask is None and T > 1
         dropout = self.dropout if self.training else 0.0
         if self.flash:
-            if x.device.type == "cpu" and torch.is_grad_enabled():  # where bfloat16's backward is slow
-                q, k, v = q.float(), k.float(), v.float()
+            if x.device.type == "cpu" and q.element_size() == 2 and torch.is_grad_enabled():
+                q, k, v = q.float(), k.float(), v.float()  # in half precision the backward is slow there
             with torch.autocast(x.device.type, enabled=False):
                 y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)  # (B, H, T, D)
             y = y.to(qk.dtype)

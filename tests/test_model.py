@@ -101,6 +101,14 @@ def test_fused_attention_equals_the_spelled_out(changes):
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+def test_training_keeps_double_precision():
+    """On a CPU half precision is widened for attention; double precision is not narrowed."""
+    idx, logits = tokens(2, 16), []
+    for flash in (True, False):
+        logits.append(small(flash=flash).double().train()(idx, all_logits=True)[0])
+    torch.testing.assert_close(*logits, atol=1e-12, rtol=0)
+
+
 def test_fused_attention_equals_the_spelled_out_in_bfloat16():
     idx = tokens(4, 16)
     fused, plain = (
