@@ -209,6 +209,49 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """U V^T, nearly, of each matrix (N, rows, columns) = U S V^T: its singular values become about 1.
+
+    The Newton-Schulz iteration and the coefficients of Jordan et al. 2024. In bfloat16 on CUDA, else in
+    float32: a CPU without bfloat16 takes 80 times as long in that.
+    """
+    x = matrices.mT if matrices.size(1) > matrices.size(2) else matrices
+    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if matrices.size(1) > matrices.size(2) else x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, but that matrices of one shape are orthogonalized at once, and not all in bfloat16.
+
+    A matrix three times as tall as wide is taken for query, key and value, each orthogonalized apart.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                updates = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                parts = torch.stack(updates)  # (N, rows, columns)
+                if rows == 3 * columns:
+                    parts = parts.view(-1, columns, columns)
+                scale = math.sqrt(max(1, parts.size(1) / parts.size(2)))
+                parts = orthogonalize(parts).reshape(-1, rows, columns)
+                for p, update in zip(params, parts, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
+
+
 class GPT(nn.Module):
     """A GPT-2-style language model (Radford et al. 2019). Parameters bear GPT-2's names."""
 
@@ -336,7 +379,7 @@ class GPT(nn.Module):
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
         if hidden:
             hidden = [p for p in params if p in hidden]
-            optimizers.append(torch.optim.Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay))
+            optimizers.append(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["initial_lr"] = group["lr"]
         return optimizers
