@@ -2,8 +2,7 @@
 
     python tests/bench.py train config/train_shakespeare_char_cpu.py --peer=../nanoGPT --steps=300 --rounds=4
     python tests/bench.py train config/train_shakespeare_char_cpu_fast.py --to_loss=peer --peer=../nanoGPT \
-        --plot=assets/race.png --peer_config=config/train_shakespeare_char_cpu.py \
-        --peer_set learning_rate=1e-3
+        --peer_config=config/train_shakespeare_char_cpu.py --plot=assets/race.png
     python tests/bench.py sample --peer=../nanoGPT
     python tests/bench.py tokenize --mb=1000
     python tests/bench.py ladder --plot=assets/ladder.png
@@ -13,6 +12,7 @@ printed, and a line of JSON. The dataset must be prepared here.
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -60,19 +60,24 @@ def finished(command: list, cwd: Path | None = None) -> tuple[str, float]:
         return (out.seek(0), out.read())[1], usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def train_ours(config: str, flags: list[str]) -> dict:
-    """ms of each step, (seconds of training, whole-split loss) of each evaluation, and bytes at the peak."""
+def train_ours(config: str, own: list[str], seed: int, flags: list[str]) -> dict:
+    """ms of a step, (seconds of training, whole-split loss) of each evaluation, and bytes at the peak."""
     with tempfile.TemporaryDirectory() as out:
-        flags = [*flags, "--log_interval=1", "--sample_prompt=", f"--out_dir={out}"]
+        flags = [*own, *flags, f"--seed={seed}", "--log_interval=1", "--sample_prompt=", f"--out_dir={out}"]
         _, memory = finished([sys.executable, REPO / "train.py", config, *flags])
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "loss" in line]
     ms = [1000 * (after - before) for before, after in zip([0, *seconds], seconds, strict=False)]
     return {
-        "ms": ms,
+        "ms": median_ms(ms),
         "curve": [(e["seconds"], e["val_loss"]) for e in lines if "val_loss" in e],
         "memory": memory,
     }
+
+
+def median_ms(ms: list[float]) -> float:
+    """The first fifth, in which the machine warms up, left out."""
+    return statistics.median(ms[len(ms) // 5 :])
 
 
 # put in the place of nanoGPT's estimate_loss: the whole split, its own time left out, and no checkpoint
@@ -97,7 +102,7 @@ def estimate_loss():
 """
 
 
-def train_peer(peer: Path, settings: dict, seed: int, flags: list[str]) -> dict:
+def train_peer(peer: Path, settings: dict, own: list[str], seed: int, flags: list[str]) -> dict:
     """As train_ours, of a nanoGPT checkout at the same settings, on the same data."""
     source, folder = Path("data", settings["dataset"]), peer / "data" / settings["dataset"]
     meta = json.loads((source / "meta.json").read_text(encoding="utf-8"))
@@ -113,7 +118,7 @@ def train_peer(peer: Path, settings: dict, seed: int, flags: list[str]) -> dict:
     known = {name: settings[name] for name in same.split()}
     known["lr_decay_iters"] = settings["lr_decay_iters"] or settings["max_iters"]
     known["min_lr"] = settings["learning_rate"] / 10 if settings["min_lr"] is None else settings["min_lr"]
-    flags = [*(f"--{name}={value}" for name, value in known.items()), *flags, "--log_interval=1"]
+    flags = [*(f"--{name}={value}" for name, value in known.items()), *own, *flags, "--log_interval=1"]
     flags = [*flags, "--always_save_checkpoint=False", f"--out_dir={tempfile.gettempdir()}"]
     with tempfile.NamedTemporaryFile("w", dir=peer, suffix=".py") as script:
         script.write(code)
@@ -121,7 +126,7 @@ def train_peer(peer: Path, settings: dict, seed: int, flags: list[str]) -> dict:
         said, memory = finished([sys.executable, script.name, *flags], cwd=peer)
     curve = [(float(t), float(loss)) for t, loss in re.findall(r"^full (\S+) (\S+)$", said, re.M)]
     return {
-        "ms": [float(ms) for ms in re.findall(r"time ([\d.]+)ms", said)],
+        "ms": median_ms([float(ms) for ms in re.findall(r"time ([\d.]+)ms", said)]),
         "curve": curve,
         "memory": memory,
     }
@@ -151,107 +156,102 @@ def utilization(settings: dict, tokens_per_second: float, device: str) -> str:
     )
 
 
-def assignment(pair: str) -> tuple[str, Any]:
-    """KEY=VALUE; a value that is no number is a text."""
-    key, value = pair.split("=", 1)
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
 def spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    """Time a step, or with --to_loss a whole run up to a loss, of ours and of nanoGPT in turns."""
-    settings = our_settings(args.config)
-    theirs = our_settings(args.peer_config or args.config)
-    theirs |= dict(map(assignment, args.peer_set))
-    settings |= dict(map(assignment, args.set))
+    """Time a step, or with --to_loss whole runs up to a loss, of ours and of nanoGPT in turns."""
     flags = [f"--device={args.device}", f"--compile={args.device == 'cuda'}"]
-    if args.dataset:
-        settings["dataset"] = theirs["dataset"] = args.dataset
-        flags.append(f"--dataset={args.dataset}")
-    results: dict[str, list[dict]] = {"plainGPT": [], "nanoGPT": []} if args.peer else {"plainGPT": []}
+    flags += [f"--dataset={args.dataset}"] if args.dataset else []
+    runners = {}  # name: (settings, train(seed, flags))
+    for pairs in args.set or [[]]:
+        own = [*flags, *(f"--{pair}" for pair in pairs)]
+        settings = our_settings(args.config) | dict(pair[2:].split("=", 1) for pair in own)
+        settings = {name: number(value) for name, value in settings.items()}
+        train = functools.partial(train_ours, args.config, own)
+        runners[" ".join(["plainGPT", *pairs] if len(args.set or []) > 1 else ["plainGPT"])] = settings, train
+    if args.peer:
+        theirs = our_settings(args.peer_config or args.config)
+        theirs |= dict(pair[2:].split("=", 1) for pair in flags) | dict(
+            p.split("=", 1) for p in args.peer_set
+        )
+        theirs = {name: number(value) for name, value in theirs.items()}
+        runners["nanoGPT"] = theirs, functools.partial(train_peer, Path(args.peer).resolve(), theirs, flags)
+    results: dict[str, list[dict]] = {name: [] for name in runners}
     for seed in range(1337, 1337 + args.rounds):
-        for name, runs in results.items():
+        for name, (settings, train) in runners.items():
+            length = [f"--max_iters={args.steps}", "--eval_interval=1000000", "--eval_iters=1"]
             if args.to_loss:
-                steps = (settings if name == "plainGPT" else theirs)["max_iters"]
-                length = [f"--eval_interval={max(1, steps // args.evaluations)}"]
-            else:
-                length = [f"--max_iters={args.steps}", "--eval_interval=1000000"]
-            if name == "nanoGPT":
-                runs.append(train_peer(Path(args.peer).resolve(), theirs, seed, [*flags, *length]))
-            else:
-                windows = (
-                    Path("data", settings["dataset"], "val.bin").stat().st_size // 2 // settings["block_size"]
-                )
-                whole = math.ceil(windows / settings["batch_size"])  # of the validation split
-                length.append(f"--eval_iters={whole if args.to_loss else 1}")
-                extra = [f"--{key}" for key in args.set]
-                runs.append(train_ours(args.config, [*flags, *length, *extra, f"--seed={seed}"]))
-    for name, runs in results.items():
-        use = settings if name == "plainGPT" else theirs
-        tokens = use["gradient_accumulation_steps"] * use["batch_size"] * use["block_size"]
-        ms = [statistics.median(run["ms"][len(run["ms"]) // 5 :]) for run in runs]
+                val = Path("data", settings["dataset"], "val.bin").stat().st_size // 2
+                whole = math.ceil(val / settings["block_size"] / settings["batch_size"])
+                every = max(1, settings["max_iters"] // args.evaluations)
+                length = [f"--eval_interval={every}", f"--eval_iters={whole}"]
+            results[name].append(train(seed, length))
+    for name, (settings, _) in runners.items():
+        tokens = settings["gradient_accumulation_steps"] * settings["batch_size"] * settings["block_size"]
+        ms = [run["ms"] for run in results[name]]
         speed = 1000 * tokens / statistics.median(ms)
-        memory = max(run["memory"] for run in runs) / 1e9
+        memory = max(run["memory"] for run in results[name]) / 1e9
         print(f"{name:9} {spread(ms)} ms a step, {speed:,.0f} tokens/s, {memory:.2f} GB, ", end="")
-        print(utilization(use, speed, args.device))
-    if args.peer and not args.to_loss:
-        ratios = [
-            statistics.median(b["ms"]) / statistics.median(a["ms"])
-            for a, b in zip(*results.values(), strict=True)
-        ]
-        print(f"plainGPT's steps are {spread(ratios)} times as fast")
+        print(utilization(settings, speed, args.device))
+    rivals = results.get("nanoGPT")
+    for name in results.keys() - {"nanoGPT"} if rivals and not args.to_loss else ():
+        ratios = [b["ms"] / a["ms"] for a, b in zip(results[name], rivals, strict=True)]
+        print(f"{name}'s steps are {spread(ratios)} times as fast")
     if args.to_loss:
         report_losses(results, args.to_loss)
     if args.plot:
-        plot_curves(results, args)
+        plot_curves(results, args.plot)
     print(json.dumps({"bench": "train", **vars(args), "run": None, "results": results}))
+
+
+def number(value: Any) -> Any:
+    """The number, True, False or None that a text is, or what was given."""
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, TypeError, ValueError):
+        return value
 
 
 def report_losses(results: dict[str, list[dict]], goal: str) -> None:
     """goal: a loss, or "peer": the final loss of nanoGPT's run of the same round."""
+    rivals = results.get("nanoGPT")
     for name, runs in results.items():
         final = [run["curve"][-1] for run in runs]
         print(f"{name:9} ends at {spread([loss for _, loss in final], 4)} after ", end="")
         print(f"{spread([seconds for seconds, _ in final], 1)} s")
-    rivals = results.get("nanoGPT")
-    seconds, shares, then = [], [], []
-    for i, run in enumerate(results["plainGPT"]):
-        wanted = rivals[i]["curve"][-1][1] if goal == "peer" else float(goal)
-        seconds.append(next((t for t, loss in run["curve"] if loss <= wanted), math.inf))
-        if rivals:
-            limit = rivals[i]["curve"][-1][0]
-            shares.append(seconds[-1] / limit)
-            then.append(min(loss for t, loss in run["curve"] if t <= limit))
-    print(f"plainGPT  reaches {'that loss' if goal == 'peer' else goal} after {spread(seconds, 1)} s")
-    if rivals:
-        print(f"          which is {spread(shares)} of nanoGPT's time; at its full time {spread(then, 4)}")
+        if name == "nanoGPT":
+            continue
+        seconds, shares, then = [], [], []
+        for i, run in enumerate(runs):
+            wanted = rivals[i]["curve"][-1][1] if goal == "peer" else float(goal)
+            seconds.append(next((t for t, loss in run["curve"] if loss <= wanted), math.inf))
+            if rivals:
+                limit = rivals[i]["curve"][-1][0]
+                shares.append(seconds[-1] / limit)
+                then.append(min(loss for t, loss in run["curve"] if t <= limit))
+        print(
+            f"  reaches {'that of nanoGPT' if goal == 'peer' else goal} after {spread(seconds, 1)} s", end=""
+        )
+        print(f", {spread(shares)} of its time; at its full time {spread(then, 4)}" if rivals else "")
 
 
-def plot_curves(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
+def plot_curves(results: dict[str, list[dict]], path: str) -> None:
+    """Validation losses over the seconds of training: a color for each contender, a line for each round."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(
         xlabel="seconds of training", ylabel="loss on the whole validation split (nats)"
     )
-    for (name, runs), color in zip(results.items(), ("C0", "C1"), strict=False):
+    for c, (name, runs) in enumerate(results.items()):
         for i, run in enumerate(runs):
-            label = (
-                f"{name}, {Path(args.config if name == 'plainGPT' else args.peer_config or args.config).stem}"
-            )
-            axes.plot(
-                *zip(*run["curve"], strict=True), color=color, marker=".", label=label if i == 0 else None
-            )
+            axes.plot(*zip(*run["curve"], strict=True), color=f"C{c}", marker=".", label="" if i else name)
     axes.set_ylim(top=2.6)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(args.plot, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 LADDER = {  # what each idea of GPT adds to the one before, at equal steps; heads of 32
@@ -274,7 +274,7 @@ def bench_ladder(args: argparse.Namespace) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss on the whole validation split (nats)")
     for name, flags in LADDER.items():
         common = [f"--max_iters={args.steps}", f"--eval_interval={args.steps // 10}", "--eval_iters=150"]
-        run = train_ours(args.config, [*common, "--device=cpu", *flags.split()])
+        run = train_ours(args.config, ["--device=cpu", *flags.split()], 1337, common)
         steps = [i * (args.steps // 10) for i in range(len(run["curve"]))]
         seconds, loss = run["curve"][-1]
         axes.plot(steps, [loss for _, loss in run["curve"]], marker=".", label=f"{name}, {loss:.3f}")
@@ -503,7 +503,9 @@ def main() -> None:
         "--to_loss", help="whole runs: seconds to this validation loss, or to the peer's final one"
     )
     train.add_argument("--evaluations", type=int, default=40, help="in a whole run")
-    train.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of ours alone")
+    train.add_argument(
+        "--set", nargs="*", action="append", metavar="KEY=VALUE", help="of ours; again: one more contender"
+    )
     train.add_argument(
         "--peer_set", nargs="*", default=[], metavar="KEY=NUMBER", help="settings of the peer alone"
     )
