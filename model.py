@@ -45,6 +45,7 @@ class GPTConfig:
     activation: str = "gelu"
     position: str = "learned"  # an embedding of each position, as GPT-2; "rope": queries and keys are rotated
     qk_norm: bool = False  # queries and keys of unit root mean square
+    short_conv: int = 0  # how many tokens before one are mixed into its embedding
     flash: bool = True  # fused scaled_dot_product_attention; False: the same attention spelled out
     init: str = "gpt2"  # N(0, 0.02), residual projections / sqrt(2 n_layer); "zero": 0; "torch": its own
 
@@ -52,8 +53,9 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_layer < 0:
-            raise ValueError(f"n_layer must be at least 0, not {self.n_layer}")
+        for name in ("n_layer", "short_conv"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         for name in ("dropout", "embd_dropout", "attn_dropout", "resid_dropout"):
@@ -95,6 +97,7 @@ class KVCache:
 
     def __init__(self, n_layer: int, size: int, static: bool = False):
         self.layers: list[torch.Tensor | None] = [None] * n_layer  # each (2, B, H, size, D)
+        self.recent: torch.Tensor | None = None  # the last embeddings, of which ShortConvolution has a use
         self.size, self.length, self.static = size, 0, static
 
     def extend(self, positions: torch.Tensor) -> None:
@@ -129,6 +132,28 @@ def rotary(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tens
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x[i], x[i + D / 2]) of x (..., T, 2, H, D): q @ k tells how far apart they are."""
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
+
+
+class ShortConvolution(nn.Module):
+    """Add to each token's embedding those of the few before it, each channel in its own proportions."""
+
+    def __init__(self, width: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, 1, channels))
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        (B, T, C), width = x.shape, len(self.weight)
+        before = x.new_zeros(B, width, C)
+        if cache:
+            if cache.recent is None:
+                cache.recent = before
+                if cache.static:
+                    torch._dynamo.mark_static_address(before, guard=False)
+            before = cache.recent
+        x_before = torch.cat((before, x), dim=1)  # (B, width + T, C)
+        if cache:
+            cache.recent.copy_(x_before[:, -width:])
+        return x + sum(w * x_before[:, i : i + T] for i, w in enumerate(self.weight))
 
 
 class CausalSelfAttention(nn.Module):
@@ -266,6 +291,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                **({"conv": ShortConvolution(config.short_conv, config.n_embd)} if config.short_conv else {}),
                 **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if learned else {}),
                 "drop": nn.Dropout(value_or(config.embd_dropout, config.dropout)),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -315,6 +341,8 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """What the output layer reads of idx (B, T) at positions (T,): embeddings and blocks, (B, T, C)."""
         x, angles = self.transformer.wte(idx), ()
+        if self.config.short_conv:
+            x = self.transformer.conv(x, cache)
         if self.config.position == "rope":
             angles = rotary(positions, self.config.n_embd // self.config.n_head)
         else:
@@ -476,7 +504,8 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
 
         c = self.config
-        for name, gpt2s in (("bias", True), ("qkv_bias", True), ("position", "learned"), ("qk_norm", False)):
+        gpt2s_own = {"bias": True, "qkv_bias": True, "position": "learned", "qk_norm": False, "short_conv": 0}
+        for name, gpt2s in gpt2s_own.items():
             if value_or(getattr(c, name), c.bias) != gpt2s:
                 raise ValueError(f"Hugging Face's GPT-2 cannot express {name}={getattr(c, name)}")
         if c.activation not in HF_ACTIVATIONS:

@@ -17,6 +17,7 @@ bias = False
 tie_weights = False  # input and output embedding want different rates of learning
 position = "rope"
 qk_norm = True
+short_conv = 3
 activation = "relu2"
 init = "zero"
 

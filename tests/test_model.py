@@ -8,14 +8,17 @@ import shutil
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, load_checkpoint, next_token_probs, rotary, rotate
+from model import GPT, GPTConfig, KVCache, ShortConvolution, load_checkpoint, next_token_probs, rotary, rotate
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32)
 
 
 def small(**changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**(SMALL | changes))).eval()
+    model = GPT(GPTConfig(**(SMALL | changes))).eval()
+    if model.config.short_conv:  # zeros at first, which would hide a mistake
+        torch.nn.init.normal_(model.transformer.conv.weight)
+    return model
 
 
 def tokens(*shape, seed=0, vocab_size=65):
@@ -79,7 +82,7 @@ def test_sampling_as_published(reference):
 # -- forward -------------------------------------------------------------------------------------------------
 
 
-MODERN = dict(activation="relu2", position="rope", qk_norm=True, bias=False)
+MODERN = dict(activation="relu2", position="rope", qk_norm=True, bias=False, short_conv=3)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,7 @@ def test_init_is_gpt2s():
     [
         ({"n_head": 5}, "n_head=5 does not divide n_embd=32"),
         ({"n_layer": -1}, "n_layer"),
+        ({"short_conv": -1}, "short_conv"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"dropout": 1.5}, "dropout"),
         ({"attn_dropout": -0.1}, "attn_dropout"),
@@ -289,6 +293,15 @@ def test_the_compiled_step_generates_the_same(changes):
         a, b = (m.generate(idx, 20, generator=torch.Generator().manual_seed(3)) for m in (model, compiled))
         assert torch.equal(a, b)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # a prompt, not a step
+
+
+def test_the_short_convolution_is_pytorchs():
+    conv, x = ShortConvolution(3, 8), torch.randn(2, 7, 8)
+    theirs = torch.nn.Conv1d(8, 8, 3, groups=8, bias=False)
+    torch.nn.init.normal_(conv.weight)
+    theirs.weight.data = conv.weight.data.permute(2, 1, 0)  # (channels, 1, width)
+    before = torch.nn.functional.pad(x, (0, 0, 3, -1)).mT  # without a token itself
+    torch.testing.assert_close(conv(x), x + theirs(before).mT)
 
 
 def test_rotary_positions_are_llamas():
