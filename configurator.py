@@ -88,9 +88,7 @@ def run_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
     except Exception as error:
-        line = getattr(
-            error, "lineno", None
-        )  # a SyntaxError has it; of others, the innermost line in the file
+        line = getattr(error, "lineno", None)  # of a SyntaxError; else the innermost line in the file
         trace = error.__traceback__
         while trace:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line

@@ -1,4 +1,4 @@
-"""The whole GPT in one file: GPTConfig, GPT, and load_checkpoint.
+"""The whole GPT in one file: GPTConfig, GPT, Muon, and load_checkpoint.
 
 Token and position embeddings, blocks of causal self-attention and MLP, a final LayerNorm and an output layer;
 loss, generation, optimizer groups and checkpoints. It needs torch alone and knows nothing of datasets,
@@ -97,7 +97,7 @@ class KVCache:
 
     def __init__(self, n_layer: int, size: int, static: bool = False):
         self.layers: list[torch.Tensor | None] = [None] * n_layer  # each (2, B, H, size, D)
-        self.recent: torch.Tensor | None = None  # the last embeddings, of which ShortConvolution has a use
+        self.recent: torch.Tensor | None = None  # (B, width, C): the last embeddings, for ShortConvolution
         self.size, self.length, self.static = size, 0, static
 
     def extend(self, positions: torch.Tensor) -> None:
@@ -135,25 +135,26 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class ShortConvolution(nn.Module):
-    """Add to each token's embedding those of the few before it, each channel in its own proportions."""
+    """Add to each token's embedding those of the few before it, each channel in its own proportions.
+
+    A causal depthwise convolution (So et al. 2021, Primer), whose tap at the token itself is 1.
+    """
 
     def __init__(self, width: int, channels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width, 1, channels))
+        self.weight = nn.Parameter(torch.zeros(width, 1, channels))  # no matrix: GPT's init leaves it at 0
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         (B, T, C), width = x.shape, len(self.weight)
-        before = x.new_zeros(B, width, C)
-        if cache:
-            if cache.recent is None:
-                cache.recent = before
-                if cache.static:
-                    torch._dynamo.mark_static_address(before, guard=False)
-            before = cache.recent
+        if cache and cache.recent is None:
+            cache.recent = x.new_zeros(B, width, C)
+            if cache.static:
+                torch._dynamo.mark_static_address(cache.recent, guard=False)  # for CUDA graphs
+        before = cache.recent if cache else x.new_zeros(B, width, C)
         x_before = torch.cat((before, x), dim=1)  # (B, width + T, C)
         if cache:
             cache.recent.copy_(x_before[:, -width:])
-        return x + sum(w * x_before[:, i : i + T] for i, w in enumerate(self.weight))
+        return sum((w * x_before[:, i : i + T] for i, w in enumerate(self.weight)), start=x)
 
 
 class CausalSelfAttention(nn.Module):
@@ -234,49 +235,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """U V^T, nearly, of each matrix (N, rows, columns) = U S V^T: its singular values become about 1.
-
-    The Newton-Schulz iteration and the coefficients of Jordan et al. 2024. In bfloat16 on CUDA, else in
-    float32: a CPU without bfloat16 takes 80 times as long in that.
-    """
-    x = matrices.mT if matrices.size(1) > matrices.size(2) else matrices
-    x = x.bfloat16() if x.is_cuda else x.float()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if matrices.size(1) > matrices.size(2) else x
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon, but that matrices of one shape are orthogonalized at once, and not all in bfloat16.
-
-    A matrix three times as tall as wide is taken for query, key and value, each orthogonalized apart.
-    """
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
-                updates = []
-                for p in params:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
-                parts = torch.stack(updates)  # (N, rows, columns)
-                if rows == 3 * columns:
-                    parts = parts.view(-1, columns, columns)
-                scale = math.sqrt(max(1, parts.size(1) / parts.size(2)))
-                parts = orthogonalize(parts).reshape(-1, rows, columns)
-                for p, update in zip(params, parts, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
-
-
 class GPT(nn.Module):
     """A GPT-2-style language model (Radford et al. 2019). Parameters bear GPT-2's names."""
 
@@ -287,17 +245,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        learned = config.position == "learned"
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                **({"conv": ShortConvolution(config.short_conv, config.n_embd)} if config.short_conv else {}),
-                **({"wpe": nn.Embedding(config.block_size, config.n_embd)} if learned else {}),
-                "drop": nn.Dropout(value_or(config.embd_dropout, config.dropout)),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        modules: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.short_conv:
+            modules["conv"] = ShortConvolution(config.short_conv, config.n_embd)
+        if config.position == "learned":
+            modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        modules["drop"] = nn.Dropout(value_or(config.embd_dropout, config.dropout))
+        modules["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        modules["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.transformer = nn.ModuleDict(modules)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
@@ -390,7 +346,7 @@ class GPT(nn.Module):
         betas: tuple[float, float],
         muon_learning_rate: float | None = None,
     ) -> list[torch.optim.Optimizer]:
-        """AdamW, which decays matrices and embeddings, not biases and LayerNorms.
+        """AdamW, which decays all but biases and LayerNorms.
 
         With muon_learning_rate, Muon (Jordan et al. 2024) takes the matrices of the blocks. Each group keeps
         its peak as initial_lr.
@@ -549,6 +505,53 @@ def next_token_probs(
         probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs, ids
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """U V^T, nearly, of each matrix (N, rows, columns) = U S V^T: its singular values become about 1.
+
+    The Newton-Schulz iteration and the coefficients of Jordan et al. 2024. In bfloat16 on CUDA, else in
+    float32: a CPU without bfloat16 in hardware takes 80 times as long in that.
+    """
+    x = matrices.mT if matrices.size(1) > matrices.size(2) else matrices
+    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if matrices.size(1) > matrices.size(2) else x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon at its defaults, but with orthogonalize for all matrices of one shape at once.
+
+    A matrix three times as tall as wide is taken for query, key and value, each orthogonalized apart.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.1):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                updates = []
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov's
+                parts = torch.stack(updates)  # (N, rows, columns)
+                if rows == 3 * columns:
+                    parts = parts.view(-1, columns, columns)
+                scale = math.sqrt(max(1, parts.size(1) / parts.size(2)))
+                parts = orthogonalize(parts).reshape(-1, rows, columns)
+                for p, update in zip(params, parts, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"] * scale)
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:

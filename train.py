@@ -42,7 +42,7 @@ tie_weights = True  # the token embedding is the output layer too, as GPT-2
 activation: Literal["gelu", "gelu_erf", "relu", "relu2"] = "gelu"  # gelu is GPT-2's tanh form
 position: Literal["learned", "rope"] = "learned"  # position embeddings, as GPT-2, or rotated queries and keys
 qk_norm = False  # queries and keys of unit root mean square
-short_conv = 0  # how many tokens before one are mixed into its embedding, for little; 3 is good
+short_conv = 0  # how many tokens before one are mixed into its embedding
 flash = True  # fused attention; False: the same spelled out
 init: Literal["gpt2", "zero", "torch"] = "gpt2"  # zero: as gpt2, residual projections 0; torch: PyTorch's own
 # optimizer

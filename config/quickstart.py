@@ -20,13 +20,13 @@ activation = "relu2"
 init = "zero"
 
 optimizer = "muon"
-learning_rate = 5e-3
+learning_rate = 1e-2
 muon_learning_rate = 0.01
 lr_schedule = "linear"
 beta2 = 0.99  # a step has few tokens
-warmup_iters = 100
-max_iters = 1200
+warmup_iters = 30
+max_iters = 900
 
-eval_interval = 120
+eval_interval = 100
 eval_iters = 20
 log_interval = 10

@@ -21,18 +21,18 @@ short_conv = 3
 activation = "relu2"
 init = "zero"
 
-# bfloat16 is faster on a CPU that has AMX (Intel's Xeons since 2023), and ten times as slow on one without
+# bfloat16 is faster on a CPU with AMX (Intel's Xeons since 2023), and far slower on one without bfloat16
 _cpu = pathlib.Path("/proc/cpuinfo")
 dtype = "bfloat16" if _cpu.exists() and "amx_bf16" in _cpu.read_text() else "float32"
 
 optimizer = "muon"
-learning_rate = 5e-3
+learning_rate = 1e-2
 muon_learning_rate = 0.01
 lr_schedule = "linear"
 beta2 = 0.99  # a step has few tokens
-warmup_iters = 100
-max_iters = 900
+warmup_iters = 30
+max_iters = 800
 
-eval_interval = 75
+eval_interval = 80
 eval_iters = 20
 log_interval = 10

@@ -1,6 +1,6 @@
 # The "baby GPT" of train_shakespeare_char.py in a modern dress, for a GPU: a lower loss in fewer steps.
 #   python prepare.py shakespeare_char && python train.py config/train_shakespeare_char_fast.py
-# The steps and rates are those found on a CPU for the small model, not tuned on a GPU.
+# Its rates come from a small model on a CPU: neither tuned nor measured on a GPU.
 
 out_dir = "out/shakespeare_char_fast"
 dataset = "shakespeare_char"

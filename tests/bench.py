@@ -1,8 +1,7 @@
 """Measurements, not tests: run by hand, on an otherwise idle machine.
 
     python tests/bench.py train config/train_shakespeare_char_cpu.py --peer=../nanoGPT --steps=300 --rounds=4
-    python tests/bench.py train config/train_shakespeare_char_cpu_fast.py --to_loss=peer --peer=../nanoGPT \
-        --peer_config=config/train_shakespeare_char_cpu.py --plot=assets/race.png
+    python tests/bench.py train config/quickstart.py --to_loss=1.2 --plot=curve.png
     python tests/bench.py sample --peer=../nanoGPT
     python tests/bench.py tokenize --mb=1000
     python tests/bench.py ladder --plot=assets/ladder.png
@@ -12,7 +11,6 @@ printed, and a line of JSON. The dataset must be prepared here.
 """
 
 import argparse
-import ast
 import contextlib
 import functools
 import importlib.util
@@ -29,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -38,16 +37,20 @@ from typing import Any
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from configurator import read_settings, run_config_file  # noqa: E402
+from configurator import override, read_settings, run_config_file  # noqa: E402
 
 
-def our_settings(config: str) -> dict:
-    """What a config file makes of train.py's settings, defaults included."""
+def our_settings(config: str, flags: list[str]) -> dict:
+    """What a config file and flags make of train.py's settings, defaults included."""
     namespace = {"__file__": str(REPO / "train.py")}
     exec((REPO / "train.py").read_text().split("if __name__")[0], namespace)
     known = read_settings(namespace)
     kinds = {name: kind for name, (kind, _) in known.items()}
-    return {name: namespace[name] for name in known} | run_config_file(config, kinds)
+    settings = {name: namespace[name] for name in known} | run_config_file(config, kinds)
+    for flag in flags:
+        key, value = flag.removeprefix("--").split("=", 1)
+        settings |= override(key, value, kinds, is_text=True)
+    return settings
 
 
 def finished(command: list, cwd: Path | None = None) -> tuple[str, float]:
@@ -167,17 +170,14 @@ def bench_train(args: argparse.Namespace) -> None:
     runners = {}  # name: (settings, train(seed, flags))
     for pairs in args.set or [[]]:
         own = [*flags, *(f"--{pair}" for pair in pairs)]
-        settings = our_settings(args.config) | dict(pair[2:].split("=", 1) for pair in own)
-        settings = {name: number(value) for name, value in settings.items()}
         train = functools.partial(train_ours, args.config, own)
-        runners[" ".join(["plainGPT", *pairs] if len(args.set or []) > 1 else ["plainGPT"])] = settings, train
+        runners[" ".join(["plainGPT", *pairs])] = our_settings(args.config, own), train
     if args.peer:
-        theirs = our_settings(args.peer_config or args.config)
-        theirs |= dict(pair[2:].split("=", 1) for pair in flags) | dict(
-            p.split("=", 1) for p in args.peer_set
-        )
-        theirs = {name: number(value) for name, value in theirs.items()}
-        runners["nanoGPT"] = theirs, functools.partial(train_peer, Path(args.peer).resolve(), theirs, flags)
+        own = [*flags, *(f"--{pair}" for pair in args.peer_set)]
+        settings = our_settings(args.peer_config or args.config, own)
+        runners["nanoGPT"] = settings, functools.partial(train_peer, Path(args.peer).resolve(), settings, own)
+    elif args.to_loss == "peer":
+        sys.exit("--to_loss=peer needs --peer, a checkout of nanoGPT")
     results: dict[str, list[dict]] = {name: [] for name in runners}
     for seed in range(1337, 1337 + args.rounds):
         for name, (settings, train) in runners.items():
@@ -196,22 +196,14 @@ def bench_train(args: argparse.Namespace) -> None:
         print(f"{name:9} {spread(ms)} ms a step, {speed:,.0f} tokens/s, {memory:.2f} GB, ", end="")
         print(utilization(settings, speed, args.device))
     rivals = results.get("nanoGPT")
-    for name in results.keys() - {"nanoGPT"} if rivals and not args.to_loss else ():
-        ratios = [b["ms"] / a["ms"] for a, b in zip(results[name], rivals, strict=True)]
-        print(f"{name}'s steps are {spread(ratios)} times as fast")
+    for name, runs in results.items() if rivals and not args.to_loss else ():
+        ratios = [theirs["ms"] / ours["ms"] for ours, theirs in zip(runs, rivals, strict=True)]
+        print(f"{name:9} steps {spread(ratios)} times as fast as nanoGPT")
     if args.to_loss:
         report_losses(results, args.to_loss)
     if args.plot:
         plot_curves(results, args.plot)
     print(json.dumps({"bench": "train", **vars(args), "run": None, "results": results}))
-
-
-def number(value: Any) -> Any:
-    """The number, True, False or None that a text is, or what was given."""
-    try:
-        return ast.literal_eval(value)
-    except (SyntaxError, TypeError, ValueError):
-        return value
 
 
 def report_losses(results: dict[str, list[dict]], goal: str) -> None:
@@ -234,7 +226,7 @@ def report_losses(results: dict[str, list[dict]], goal: str) -> None:
         print(
             f"  reaches {'that of nanoGPT' if goal == 'peer' else goal} after {spread(seconds, 1)} s", end=""
         )
-        print(f", {spread(shares)} of its time; at its full time {spread(then, 4)}" if rivals else "")
+        print(f", {spread(shares)} of its time; within its full time {spread(then, 4)}" if rivals else "")
 
 
 def plot_curves(results: dict[str, list[dict]], path: str) -> None:
@@ -247,7 +239,12 @@ def plot_curves(results: dict[str, list[dict]], path: str) -> None:
     )
     for c, (name, runs) in enumerate(results.items()):
         for i, run in enumerate(runs):
-            axes.plot(*zip(*run["curve"], strict=True), color=f"C{c}", marker=".", label="" if i else name)
+            axes.plot(
+                *zip(*run["curve"], strict=True),
+                color=f"C{c}",
+                marker=".",
+                label="" if i else textwrap.fill(name, 44),
+            )
     axes.set_ylim(top=2.6)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -255,14 +252,14 @@ def plot_curves(results: dict[str, list[dict]], path: str) -> None:
 
 
 LADDER = {  # what each idea of GPT adds to the one before, at equal steps; heads of 32
-    "bigram": "--n_layer=0",
+    "bigram": "--n_layer=0 --tie_weights=False --learning_rate=1e-2",
     "one head": "--n_layer=1 --n_head=1 --n_embd=32",
     "four heads": "--n_layer=1",
     "four layers": "",
     "dropout 0.1": "--dropout=0.1",
     "Muon": "--optimizer=muon --learning_rate=5e-3 --lr_schedule=linear --min_lr=0",
     "Muon, modern": "--optimizer=muon --learning_rate=5e-3 --lr_schedule=linear --min_lr=0 --position=rope"
-    " --qk_norm=True --activation=relu2 --init=zero --tie_weights=False",
+    " --qk_norm=True --activation=relu2 --init=zero --tie_weights=False --short_conv=3",
 }
 
 

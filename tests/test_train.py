@@ -147,13 +147,12 @@ def test_muon_takes_the_matrices_of_the_blocks():
 def test_muon_is_pytorchs():
     """Several steps change the matrices as torch.optim.Muon does, but for its rounding to bfloat16."""
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((96, 32), (32, 32), (128, 32), (32, 128))]
-    ours = Muon(params, lr=0.02, weight_decay=0.1)
-    pieces = [
-        [torch.nn.Parameter(q.clone()) for q in p.detach().split(32 if i == 0 else 999)]
-        for i, p in enumerate(params)
-    ]
-    theirs = torch.optim.Muon([q for qs in pieces for q in qs], lr=0.02, weight_decay=0.1)
+    shapes = [(96, 32), (32, 32), (128, 32), (32, 128)] * 2
+    params = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
+    ours = Muon(params, lr=0.02)
+    rows = [32 if shape == (96, 32) else shape[0] for shape in shapes]  # of query, key and value apart
+    pieces = [[q.clone() for q in p.detach().split(n)] for p, n in zip(params, rows, strict=True)]
+    theirs = torch.optim.Muon([q for qs in pieces for q in qs], lr=0.02)
     start = [p.detach().clone() for p in params]
     for _ in range(4):
         for p, qs in zip(params, pieces, strict=True):
@@ -163,8 +162,8 @@ def test_muon_is_pytorchs():
         ours.step()
         theirs.step()
     for p, qs, p0 in zip(params, pieces, start, strict=True):
-        expected = torch.cat([q.detach() for q in qs]) - p0
-        assert torch.linalg.norm(p.detach() - p0 - expected) < 0.01 * torch.linalg.norm(expected)
+        expected = torch.cat(qs) - p0
+        assert torch.linalg.norm(p.detach() - p0 - expected) < 0.02 * torch.linalg.norm(expected)
 
 
 def test_from_a_checkpoints_weights(trained, workdir):
@@ -252,7 +251,8 @@ def test_half_precision_compiled_and_constant(workdir):
         "bfloat16": ["--dtype=bfloat16"],
         "compiled": ["--compile=True"] if shutil.which("g++") else [],
     }.items():
-        run("train.py", *TINY, "--max_iters=20", *args, f"--out_dir=out/{name}", cwd=workdir)
+        args += ["--optimizer=muon", "--short_conv=3", "--max_iters=20"]
+        run("train.py", *TINY, *args, f"--out_dir=out/{name}", cwd=workdir)
         losses[name] = metrics(workdir / "out" / name, "val_loss")[20]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
     assert losses["compiled"] == pytest.approx(losses["float32"], rel=1e-4)

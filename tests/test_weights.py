@@ -269,10 +269,13 @@ def test_the_hubs_old_layout(tmp_path):
     assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval()(IDX)[0], small()(IDX)[0])
 
 
-@pytest.mark.parametrize("field", ["bias", "qkv_bias"])
-def test_what_gpt2_cannot_express_is_not_saved(tmp_path, field):
-    with pytest.raises(ValueError, match=f"{field}=False"):
-        small(**{field: False}).save_pretrained(str(tmp_path / "never"))
+@pytest.mark.parametrize(
+    "field, value",
+    [("bias", False), ("qkv_bias", False), ("position", "rope"), ("qk_norm", True), ("short_conv", 3)],
+)
+def test_what_gpt2_cannot_express_is_not_saved(tmp_path, field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        small(**{field: value}).save_pretrained(str(tmp_path / "never"))
     assert not (tmp_path / "never").exists()
 
 
