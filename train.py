@@ -98,7 +98,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, load_checkpoint, pick_device
-from prepare import DataError, load_tokenizer, weights_path
+from prepare import CORPORA, DataError, load_tokenizer, weights_path
 
 SAMPLE_TOKENS = 100
 WRITER = ThreadPoolExecutor(1)  # writes checkpoints while training goes on
@@ -136,7 +136,8 @@ def load_dataset(name: str) -> tuple[np.ndarray | Shards, np.ndarray | Shards, d
     if not any(folder.glob("train*.bin")):
         others = sorted({path.parent.name for path in Path("data").glob("[!.]*/train*.bin")})
         hint = f" (data/ has {', '.join(others)})" if others else ""
-        raise ValueError(f"{folder} is not prepared; run: python prepare.py {name}{hint}")
+        own = "" if name in CORPORA else "YOUR_TEXT --name="
+        raise ValueError(f"{folder} is not prepared; run: python prepare.py {own}{name}{hint}")
     if (folder / "meta.json").is_file():
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -618,6 +619,8 @@ def main(given: dict[str, Any]) -> None:
         nonlocal signalled
         if signalled and time.monotonic() > signalled + 1:  # sooner, it is torchrun repeating a terminal's
             os._exit(128 + number)
+        if not signalled and rank == 0:  # not print: a signal may come in the middle of one
+            os.write(2, b"\ntrain.py: ends after this step or evaluation, and saves; again: ends at once\n")
         signalled = signalled or time.monotonic()
 
     signal.signal(signal.SIGINT, on_signal)
