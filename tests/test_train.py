@@ -309,7 +309,7 @@ def test_mistakes_end_in_one_line(trained, workdir):
     shutil.copy(trained / "best.pt", workdir / "out" / "weights" / "ckpt.pt")
     files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
     for words, *args in (
-        (["data/nothing", "python prepare.py nothing", "other, pydocs"], "--dataset=nothing"),
+        (["data/nothing", "prepare.py YOUR_TEXT --name=nothing", "other, pydocs"], "--dataset=nothing"),
         (["n_head=5", "n_embd=32"], "--n_head=5"),
         (["data/cut/val.bin", "truncated"], "--dataset=cut"),
         (["data/short/train.bin", "truncated"], "--dataset=short"),
