@@ -85,7 +85,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -620,7 +620,8 @@ def main(given: dict[str, Any]) -> None:
         if signalled and time.monotonic() > signalled + 1:  # sooner, it is torchrun repeating a terminal's
             os._exit(128 + number)
         if not signalled and rank == 0:  # not print: a signal may come in the middle of one
-            os.write(2, b"\ntrain.py: ends after this step or evaluation, and saves; again: ends at once\n")
+            with suppress(OSError):  # Ctrl-C has ended the tee that read it, too
+                os.write(2, b"\ntrain.py: ends after this step or evaluation, and saves; again: at once\n")
         signalled = signalled or time.monotonic()
 
     signal.signal(signal.SIGINT, on_signal)

@@ -122,6 +122,16 @@ def test_a_signal_saves_and_says_how_to_go_on(workdir, number):
     assert same_run(workdir / "out" / "whole", workdir / folder)
 
 
+def test_a_signal_saves_though_nobody_reads(workdir):
+    folder = workdir / "out" / "unread"
+    args = [*RESUMED, "--max_iters=100000", "--eval_interval=100000", f"--out_dir={folder}"]
+    with start(sys.executable, REPO / "train.py", *args, cwd=workdir) as process:
+        read_until(process, "iter 7:")
+        process.stdout.close()
+        process.terminate()
+    assert process.returncode == 0 and torch.load(folder / "ckpt.pt", weights_only=True)["step"] >= 8
+
+
 def test_a_second_signal_exits_at_once(workdir):
     args = [*TINY, "--gradient_accumulation_steps=100000", "--max_iters=2", "--out_dir=out/second"]
     with start(sys.executable, REPO / "train.py", *args, cwd=workdir) as process:
