@@ -109,12 +109,17 @@ class KVCache:
             places = torch.arange(self.shown, device=positions.device)
             self.mask = places <= positions[:, None]  # (T, S)
 
+    def zeros_like(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Zeros of x's type, to be filled in place: where static, a CUDA graph may rely on their address."""
+        zeros = x.new_zeros(shape)
+        if self.static:
+            torch._dynamo.mark_static_address(zeros, guard=False)
+        return zeros
+
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep keys and values (B, H, T, D) of the new tokens; return those to look at, (B, H, S, D)."""
         if self.layers[layer] is None:
-            self.layers[layer] = k.new_zeros(2, *k.shape[:2], self.size, k.size(-1))
-            if self.static:
-                torch._dynamo.mark_static_address(self.layers[layer], guard=False)  # for CUDA graphs
+            self.layers[layer] = self.zeros_like(k, (2, *k.shape[:2], self.size, k.size(-1)))
         kv = self.layers[layer]
         kv[0].index_copy_(2, self.positions, k)
         kv[1].index_copy_(2, self.positions, v)
@@ -147,9 +152,7 @@ class ShortConvolution(nn.Module):
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         (B, T, C), width = x.shape, len(self.weight)
         if cache and cache.recent is None:
-            cache.recent = x.new_zeros(B, width, C)
-            if cache.static:
-                torch._dynamo.mark_static_address(cache.recent, guard=False)  # for CUDA graphs
+            cache.recent = cache.zeros_like(x, (B, width, C))
         before = cache.recent if cache else x.new_zeros(B, width, C)
         x_before = torch.cat((before, x), dim=1)  # (B, width + T, C)
         if cache:
@@ -513,13 +516,14 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     The Newton-Schulz iteration and the coefficients of Jordan et al. 2024. In bfloat16 on CUDA, else in
     float32: a CPU without bfloat16 in hardware takes 80 times as long in that.
     """
-    x = matrices.mT if matrices.size(1) > matrices.size(2) else matrices
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
     x = x.bfloat16() if x.is_cuda else x.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if matrices.size(1) > matrices.size(2) else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Muon):
