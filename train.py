@@ -499,6 +499,8 @@ def main(given: dict[str, Any]) -> None:
     optimizers = model.configure_optimizers(
         weight_decay, learning_rate, (beta1, beta2), muon_learning_rate if optimizer == "muon" else None
     )
+    for group in (group for one in optimizers for group in one.param_groups):
+        group["initial_lr"] = group["lr"]  # its peak
     step, tokens, seconds, best_val_loss = 0, 0, 0.0, math.inf
     if resume:
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
