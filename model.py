@@ -7,6 +7,7 @@ tokenizers or settings: copy it into your own project and it works.
 Shapes in the comments: B batch, T time (tokens), C n_embd, H n_head, D head size C / H, V vocabulary.
 """
 
+import functools
 import json
 import math
 import os
@@ -76,16 +77,31 @@ def value_or(value, default):
     return default if value is None else value
 
 
+@functools.cache
+def cpu_has(*words: str) -> bool:
+    """Whether Linux describes the CPU with all of these words: maker and abilities. Elsewhere False."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return set(words) <= set(file.read().split())
+    except OSError:
+        return False
+
+
 class Linear(nn.Linear):
-    """nn.Linear, but for the few rows of generation in bfloat16 on a CPU, where weight @ x.T is faster."""
+    """nn.Linear, but for two cases on a CPU where PyTorch does not take the fastest way that it has."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // self.in_features
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or rows > 16 or torch.is_grad_enabled():
-            return super().forward(x)
-        y = self.weight @ x.reshape(rows, -1).T.squeeze(1)  # (out,) for one row, else (out, rows)
-        y = (y if rows == 1 else y.T.contiguous()).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        rows, on_cpu = x.numel() // self.in_features, x.device.type == "cpu"
+        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+        if on_cpu and rows > 16 and x.dtype == torch.float32 and not plain and self.weight.is_contiguous():
+            # PyTorch asks MKL, which uses AVX-512 on Intel's CPUs alone; oneDNN uses it on AMD's
+            if cpu_has("AuthenticAMD", "avx512f"):
+                return torch._C._nn.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
+        if on_cpu and rows <= 16 and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            y = self.weight @ x.reshape(rows, -1).T.squeeze(1)  # (out,) for one row, else (out, rows)
+            y = (y if rows == 1 else y.T.contiguous()).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
 
 
 class KVCache:
@@ -351,8 +367,7 @@ class GPT(nn.Module):
     ) -> list[torch.optim.Optimizer]:
         """AdamW, which decays all but biases and LayerNorms.
 
-        With muon_learning_rate, Muon (Jordan et al. 2024) takes the matrices of the blocks. Each group keeps
-        its peak as initial_lr.
+        With muon_learning_rate, Muon (Jordan et al. 2024) takes the matrices of the blocks.
         """
         params = [p for p in self.parameters() if p.requires_grad]
         hidden = set()
@@ -367,8 +382,6 @@ class GPT(nn.Module):
         if hidden:
             hidden = [p for p in params if p in hidden]
             optimizers.append(Muon(hidden, lr=muon_learning_rate, weight_decay=weight_decay))
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["initial_lr"] = group["lr"]
         return optimizers
 
     @torch.no_grad()
@@ -513,12 +526,12 @@ def next_token_probs(
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U V^T, nearly, of each matrix (N, rows, columns) = U S V^T: its singular values become about 1.
 
-    The Newton-Schulz iteration and the coefficients of Jordan et al. 2024. In bfloat16 on CUDA, else in
-    float32: a CPU without bfloat16 in hardware takes 80 times as long in that.
+    The Newton-Schulz iteration and the coefficients of Jordan et al. 2024. In bfloat16 where the hardware
+    has it, else in float32: a CPU without takes 80 times as long in bfloat16.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
-    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x.bfloat16() if x.is_cuda or cpu_has("avx512_bf16") else x.float()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import model as model_module
 from model import GPT, GPTConfig, KVCache, ShortConvolution, load_checkpoint, next_token_probs, rotary, rotate
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32)
@@ -266,6 +267,22 @@ def test_sampled_tokens_equal_those_without_a_cache(flash, changes, batch_size, 
         token = ids.gather(1, torch.multinomial(probs, 1, generator=generator))
         expected = torch.cat((expected, token), dim=1)
     assert torch.equal(generated, expected)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+def test_multiplication_by_onednn_equals_the_plain(monkeypatch, bias):
+    """Logits, loss and gradients, on any CPU as on an AMD with AVX-512."""
+    results = []
+    for amd in (False, True):
+        monkeypatch.setattr(model_module, "cpu_has", lambda *_, amd=amd: amd)
+        model = small(bias=bias, tie_weights=bias)
+        logits, loss = model(tokens(3, 16), tokens(3, 16, seed=1))
+        loss.backward()
+        assert ("Mkldnn" in type(logits.grad_fn.next_functions[0][0]).__name__) == amd
+        results.append([logits, loss, *(p.grad for p in model.parameters())])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()
