@@ -104,6 +104,14 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding, but on the meta device it does not load the compiler, for a second, to draw nothing."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class KVCache:
     """Keys and values of the tokens that each block has seen: only the next token is left to compute.
 
@@ -264,11 +272,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        modules: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        modules: dict[str, nn.Module] = {"wte": Embedding(config.vocab_size, config.n_embd)}
         if config.short_conv:
             modules["conv"] = ShortConvolution(config.short_conv, config.n_embd)
         if config.position == "learned":
-            modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+            modules["wpe"] = Embedding(config.block_size, config.n_embd)
         modules["drop"] = nn.Dropout(value_or(config.embd_dropout, config.dropout))
         modules["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         modules["ln_f"] = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -276,7 +284,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        if config.init != "torch":
+        if config.init != "torch" and not self.lm_head.weight.is_meta:
             # 2 n_layer projections add up in the residual stream (Radford et al. 2019, section 2.3)
             residual = 0.0 if config.init == "zero" else 1 / math.sqrt(2 * max(1, config.n_layer))
             for name, p in self.named_parameters():

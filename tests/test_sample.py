@@ -102,6 +102,12 @@ def test_text_comes_as_it_is_generated(trained, workdir):
     assert process.returncode == 0
 
 
+def test_a_checkpoint_loads_without_the_compiler(trained, workdir):
+    """Which takes a second to import."""
+    code = "import sys; from model import GPT; GPT.from_checkpoint('out/trained/best.pt');"
+    run("-c", code + "assert 'torch._dynamo' not in sys.modules", cwd=workdir, env={"PYTHONPATH": str(REPO)})
+
+
 def test_no_id_outside_the_tokenizer(trained, workdir):
     """A padded output layer: its extra rows are made the likeliest, and never sampled."""
     checkpoint = load_checkpoint(trained / "best.pt")
