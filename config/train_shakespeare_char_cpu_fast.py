@@ -21,9 +21,9 @@ short_conv = 3
 activation = "relu2"
 init = "zero"
 
-# bfloat16 is faster on a CPU with AMX (Intel's Xeons since 2023), and far slower on one without bfloat16
+# bfloat16 is faster on a CPU that multiplies in it, and far slower on one that does not
 _cpu = pathlib.Path("/proc/cpuinfo")
-dtype = "bfloat16" if _cpu.exists() and "amx_bf16" in _cpu.read_text() else "float32"
+dtype = "bfloat16" if _cpu.exists() and "avx512_bf16" in _cpu.read_text() else "float32"
 
 optimizer = "muon"
 learning_rate = 1e-2
