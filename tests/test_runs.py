@@ -129,6 +129,7 @@ def test_a_signal_saves_though_nobody_reads(workdir):
         read_until(process, "iter 7:")
         process.stdout.close()
         process.terminate()
+        process.wait(timeout=60)
     assert process.returncode == 0 and torch.load(folder / "ckpt.pt", weights_only=True)["step"] >= 8
 
 
@@ -173,6 +174,14 @@ def test_the_same_run_on_any_number_of_processes(workdir, alone, processes):
     other = ["train.py"] if processes == 4 else [*torchrun[:3], "--nproc_per_node=4", "train.py"]
     run(*other, "--init_from=resume", "--max_iters=100", "--eval_iters=3", f"--out_dir={folder}", cwd=workdir)
     assert_close(folder, alone)
+
+
+def test_muon_on_two_processes(workdir):
+    args = ["train.py", *SHARED, "--optimizer=muon", "--max_iters=40"]
+    run(*args, "--out_dir=out/muon_1", cwd=workdir)
+    run("-m", "torch.distributed.run", *TWO, *args, "--out_dir=out/muon_2", cwd=workdir)
+    one, two = (metrics(workdir / "out" / name, "loss") for name in ("muon_1", "muon_2"))
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.parametrize("to", ["torchrun", "worker"])
