@@ -9,10 +9,9 @@ annotation where it has one (`min_lr: float | None = None`).
 
 import ast
 import difflib
-import io
 import math
 import sys
-import tokenize
+import traceback
 import types
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -60,13 +59,8 @@ def configure(settings: dict[str, Any], argv: list[str] | None = None) -> dict[s
 
 def read_settings(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """{name: (type, comment)} of the lower-case variables in a script's source, in its order."""
-    source = Path(settings["__file__"]).read_text(encoding="utf-8")
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    known = {}
+    source, known = Path(settings["__file__"]).read_text(encoding="utf-8"), {}
+    lines = source.encode().split(b"\n")  # ast counts bytes
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign):
             name, kind = ast.unparse(node.target), eval(ast.unparse(node.annotation), dict(settings))
@@ -76,7 +70,7 @@ def read_settings(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         else:
             continue
         if name in settings and name.islower() and not name.startswith("_"):
-            known[name] = (kind, comments.get(node.lineno, ""))
+            known[name] = (kind, lines[node.end_lineno - 1][node.end_col_offset :].decode().lstrip("# "))
     return known
 
 
@@ -88,11 +82,8 @@ def run_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
     except Exception as error:
-        line = getattr(error, "lineno", None)  # of a SyntaxError; else the innermost line in the file
-        trace = error.__traceback__
-        while trace:
-            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == path else line
-            trace = trace.tb_next
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has its own
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
     given: dict[str, Any] = {}
     for key, value in namespace.items():
@@ -123,11 +114,8 @@ def override(key: str, value: Any, kinds: dict[str, Any], is_text: bool = False)
         value = read_text(value, wanted)
     if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:
         value = float(value)
-    if (
-        type(value) not in wanted
-        or (choices and value not in choices)
-        or (type(value) is float and not math.isfinite(value))
-    ):
+    fits = type(value) in wanted and (not choices or value in choices)
+    if not fits or type(value) is float and not math.isfinite(value):
         names = choices or sorted("None" if kind is type(None) else kind.__name__ for kind in wanted)
         raise ValueError(f"{key} wants {' or '.join(map(str, names))}, not {value!r}")
     return DECAY_LR[value] if decay_lr else {key: value}

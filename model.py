@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's; Hendrycks and Gimpel 2016, section 2
@@ -51,22 +51,18 @@ class GPTConfig:
     init: str = "gpt2"  # N(0, 0.02), residual projections / sqrt(2 n_layer); "zero": 0; "torch": its own
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("n_layer", "short_conv"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        least = {"block_size": 1, "vocab_size": 1, "n_layer": 0, "n_head": 1, "n_embd": 1, "short_conv": 0}
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name} must be at least {limit}, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         for name in ("dropout", "embd_dropout", "attn_dropout", "resid_dropout"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        for name, choices in (
-            ("activation", list(ACTIVATIONS)),
-            ("position", ["learned", "rope"]),
-            ("init", ["gpt2", "zero", "torch"]),
-        ):
+        known = {"position": ["learned", "rope"], "init": ["gpt2", "zero", "torch"]}
+        known["activation"] = list(ACTIVATIONS)
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
@@ -88,18 +84,25 @@ def cpu_has(*words: str) -> bool:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, but for two cases on a CPU where PyTorch does not take the fastest way that it has."""
+    """nn.Linear, but for two cases on a CPU where PyTorch does not take the fastest way that it has.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, on_cpu = x.numel() // self.in_features, x.device.type == "cpu"
-        plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-        if on_cpu and rows > 16 and x.dtype == torch.float32 and not plain and self.weight.is_contiguous():
+    On an AMD with AVX-512 it has first derivatives alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.in_features
+        plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+        many = not torch.compiler.is_compiling() and rows > 16
+        if not plain and many and x.dtype == self.weight.dtype == torch.float32:
             # PyTorch asks MKL, which uses AVX-512 on Intel's CPUs alone; oneDNN uses it on AMD's
-            if cpu_has("AuthenticAMD", "avx512f"):
+            faster = torch.backends.mkldnn.is_available() and cpu_has("AuthenticAMD", "avx512f")
+            if faster and self.weight.is_contiguous():
                 return torch._C._nn.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
-        if on_cpu and rows <= 16 and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            y = self.weight @ x.reshape(rows, -1).T.squeeze(1)  # (out,) for one row, else (out, rows)
-            y = (y if rows == 1 else y.T.contiguous()).view(*x.shape[:-1], -1)
+        if not plain and rows <= 16 and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            y = self.weight @ x.reshape(-1, self.in_features).T.squeeze(
+                1
+            )  # (out,) of one row, else (out, rows)
+            y = (y if rows == 1 else y.T.contiguous()).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias
         return super().forward(x)
 
@@ -120,11 +123,11 @@ class KVCache:
     """
 
     def __init__(self, n_layer: int, size: int, static: bool = False):
-        self.layers: list[torch.Tensor | None] = [None] * n_layer  # each (2, B, H, size, D)
-        self.recent: torch.Tensor | None = None  # (B, width, C): the last embeddings, for ShortConvolution
+        self.layers: list[Tensor | None] = [None] * n_layer  # each (2, B, H, size, D)
+        self.recent: Tensor | None = None  # (B, width, C): the last embeddings, for ShortConvolution
         self.size, self.length, self.static = size, 0, static
 
-    def extend(self, positions: torch.Tensor) -> None:
+    def extend(self, positions: Tensor) -> None:
         """The tokens at positions (T,) come next: settle which of the first S places each may look at."""
         start, self.length = self.length, self.length + len(positions)
         self.prompt = start == 0  # nothing was there before: plain attention among the new tokens
@@ -133,24 +136,24 @@ class KVCache:
             places = torch.arange(self.shown, device=positions.device)
             self.mask = places <= positions[:, None]  # (T, S)
 
-    def zeros_like(self, x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    def new_zeros(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Zeros of x's type, to be filled in place: where static, a CUDA graph may rely on their address."""
         zeros = x.new_zeros(shape)
         if self.static:
             torch._dynamo.mark_static_address(zeros, guard=False)
         return zeros
 
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep keys and values (B, H, T, D) of the new tokens; return those to look at, (B, H, S, D)."""
         if self.layers[layer] is None:
-            self.layers[layer] = self.zeros_like(k, (2, *k.shape[:2], self.size, k.size(-1)))
+            self.layers[layer] = self.new_zeros(k, (2, *k.shape[:2], self.size, k.size(-1)))
         kv = self.layers[layer]
         kv[0].index_copy_(2, self.positions, k)
         kv[1].index_copy_(2, self.positions, v)
         return (k, v) if self.prompt else kv[:, :, :, : self.shown].unbind()
 
 
-def rotary(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary(positions: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines (T, 1, 1, size) of the angles at positions (T,) (Su et al. 2021, 3.2.2)."""
     frequencies = 10000 ** (-torch.arange(0, size, 2, device=positions.device) / size)
     angles = positions[:, None, None, None] * frequencies
@@ -158,7 +161,7 @@ def rotary(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tens
     return angles.cos().repeat(1, 1, 1, 2), torch.cat((-sin, sin), dim=-1)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + D / 2]) of x (..., T, 2, H, D): q @ k tells how far apart they are."""
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
 
@@ -173,10 +176,10 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, 1, channels))  # no matrix: GPT's init leaves it at 0
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         (B, T, C), width = x.shape, len(self.weight)
         if cache and cache.recent is None:
-            cache.recent = cache.zeros_like(x, (B, width, C))
+            cache.recent = cache.new_zeros(x, (B, width, C))
         before = cache.recent if cache else x.new_zeros(B, width, C)
         x_before = torch.cat((before, x), dim=1)  # (B, width + T, C)
         if cache:
@@ -197,9 +200,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
-    def forward(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, ...] = (), cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, ...] = (), cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split((2, 1), dim=2)
         if self.qk_norm:
@@ -240,7 +241,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
         return self.dropout(self.c_proj(x))  # (B, T, C)
 
@@ -255,9 +256,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, ...] = (), cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, ...] = (), cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), angles, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -296,11 +295,11 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        idx: torch.Tensor,
-        targets: torch.Tensor | None = None,
+        idx: Tensor,
+        targets: Tensor | None = None,
         all_logits: bool = False,
         cache: KVCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Logits of the next token, and the loss where targets are given.
 
         idx: (B, T) int64 token IDs; targets: (B, T) int64, positions of -1 are ignored; cache: holds the
@@ -321,7 +320,7 @@ class GPT(nn.Module):
         logits = self.lm_head(x)  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def hidden(self, idx: torch.Tensor, positions: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def hidden(self, idx: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         """What the output layer reads of idx (B, T) at positions (T,): embeddings and blocks, (B, T, C)."""
         x, angles = self.transformer.wte(idx), ()
         if self.config.short_conv:
@@ -367,11 +366,7 @@ class GPT(nn.Module):
         return tokens_per_second * flops_per_token / peak_flops
 
     def configure_optimizers(
-        self,
-        weight_decay: float,
-        learning_rate: float,
-        betas: tuple[float, float],
-        muon_learning_rate: float | None = None,
+        self, weight_decay: float, learning_rate: float, betas: tuple, muon_learning_rate: float | None = None
     ) -> list[torch.optim.Optimizer]:
         """AdamW, which decays all but biases and LayerNorms.
 
@@ -395,7 +390,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate_stream(
         self,
-        idx: torch.Tensor,
+        idx: Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -403,7 +398,7 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         stop: int | None = None,
         vocab_size: int | None = None,
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Tensor]:
         """Continue idx (B, T0), T0 >= 1, yielding each new token as (B, 1) int64. Call eval() first.
 
         temperature 0 is greedy; top_k and top_p as in next_token_probs. stop: the token ID that ends a
@@ -437,9 +432,7 @@ class GPT(nn.Module):
                 return
             idx = torch.cat((idx, new), dim=1)
 
-    def generate(
-        self, idx: torch.Tensor, max_new_tokens: int, *sampling: Any, **options: Any
-    ) -> torch.Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, *sampling: Any, **options: Any) -> Tensor:
         """idx (B, T0) and up to max_new_tokens more, (B, T0 + N); arguments as generate_stream's."""
         return torch.cat((idx, *self.generate_stream(idx, max_new_tokens, *sampling, **options)), dim=1)
 
@@ -448,10 +441,7 @@ class GPT(nn.Module):
         """The model of a checkpoint of train.py or of nanoGPT. Raises as load_checkpoint."""
         return cls.from_state(load_checkpoint(path), device)
 
-    @classmethod
-    def from_pretrained(cls, folder: str, device: str = "cpu") -> "GPT":
-        """The model of a folder that save_pretrained or transformers wrote. Raises as load_checkpoint."""
-        return cls.from_state(load_hugging_face(folder), device)
+    from_pretrained = from_checkpoint  # a folder that save_pretrained or transformers wrote is one, too
 
     @classmethod
     def from_state(cls, checkpoint: dict[str, Any], device: str = "cpu", **changes: Any) -> "GPT":
@@ -509,8 +499,8 @@ class GPT(nn.Module):
 
 
 def next_token_probs(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Probabilities of the K tokens to choose among, (B, K) float32, and their IDs, from logits (B, V).
 
     In this order: logits divided by temperature (> 0); the top_k largest kept; of those, the fewest most
@@ -531,7 +521,7 @@ def next_token_probs(
     return probs, ids
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """U V^T, nearly, of each matrix (N, rows, columns) = U S V^T: its singular values become about 1.
 
     The Newton-Schulz iteration and the coefficients of Jordan et al. 2024. In bfloat16 where the hardware
@@ -552,9 +542,6 @@ class Muon(torch.optim.Muon):
 
     A matrix three times as tall as wide is taken for query, key and value, each orthogonalized apart.
     """
-
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.1):
-        super().__init__(params, lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -634,9 +621,8 @@ def load_hugging_face(folder: str) -> dict[str, Any]:
                 raise ValueError(f"{name} is {settings[name]!r}, GPT-2's is {value!r}")
         if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
             raise ValueError(f"n_inner is {settings['n_inner']}, GPT-2's is 4 n_embd")
-        activations = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()} | {
-            "gelu_pytorch_tanh": "gelu"
-        }
+        activations = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()}
+        activations["gelu_pytorch_tanh"] = "gelu"
         activation = settings.get("activation_function", "gelu_new")
         if activation not in activations:
             raise ValueError(f"activation_function is {activation!r}, none of {', '.join(activations)}")

@@ -163,10 +163,8 @@ def main() -> None:
         checkpoint = load_checkpoint(path)
         model = GPT.from_state(checkpoint)
         tokenizer = load_tokenizer(find_meta(checkpoint))
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"the model's vocabulary of {model.config.vocab_size} is not that of its tokenizer"
-            )
+        if tokenizer.vocab_size > (size := model.config.vocab_size):
+            raise ValueError(f"the model's vocabulary of {size} is not that of its tokenizer")
     except (OSError, ValueError) as error:
         sys.exit(f"sample.py: {error}")
     model.eval().to(use_device, getattr(torch, use_dtype))
@@ -184,15 +182,12 @@ def main() -> None:
                 if start != "-":
                     sys.exit(f"sample.py: {error}; choose another --start")
                 print(error, file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         what = "the prompt is not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
         sys.exit(f"sample.py: {what}{error}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main()

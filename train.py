@@ -100,7 +100,6 @@ from tqdm import tqdm
 from model import GPT, GPTConfig, load_checkpoint, pick_device
 from prepare import CORPORA, DataError, load_tokenizer, weights_path
 
-SAMPLE_TOKENS = 100
 WRITER = ThreadPoolExecutor(1)  # writes checkpoints while training goes on
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
@@ -238,9 +237,7 @@ def sum_over_processes(value: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    model: torch.nn.Module, data: np.ndarray, starts: np.ndarray, device: str, autocast: Any
-) -> float:
+def evaluate(model: GPT, data: np.ndarray, starts: np.ndarray, device: str, autocast: Any) -> float:
     """Mean loss over the windows at starts, shared out over the processes; each gets the same value."""
     model.eval()
     total = 0.0
@@ -318,10 +315,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, but for one that a kill cut short."""
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
+        with suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            pass
     return lines
 
 
@@ -505,13 +500,11 @@ def main(given: dict[str, Any]) -> None:
     if resume:
         step, tokens, seconds = (checkpoint[key] for key in ("step", "tokens", "seconds"))
         best_val_loss = checkpoint["best_val_loss"]
-        if not isinstance(checkpoint["optimizer"], list) or len(checkpoint["optimizer"]) != len(optimizers):
-            fail(f"{optimizer=}, but the checkpoint has optimizer={checkpoint['config'].get('optimizer')}")
+        if (theirs := checkpoint["config"].get("optimizer", "adamw")) != optimizer:
+            fail(f"{optimizer=}, but the checkpoint has optimizer={theirs}")
         for one, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-            settled = [{k: v for k, v in group.items() if k != "params"} for group in one.param_groups]
-            one.load_state_dict(state)
-            for group, options in zip(one.param_groups, settled, strict=True):
-                group.update(options)  # what is given now wins over what was saved
+            settled = one.state_dict()["param_groups"]  # what is given now wins over what was saved
+            one.load_state_dict(state | {"param_groups": settled})
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     checkpoint = None  # give its memory back
@@ -610,7 +603,7 @@ def main(given: dict[str, Any]) -> None:
         generator = torch.Generator(use_device).manual_seed(seed)
         idx = torch.tensor([prompt], device=use_device)
         with autocast:
-            idx = model.generate(idx, SAMPLE_TOKENS, 0.8, generator=generator, vocab_size=meta["vocab_size"])
+            idx = model.generate(idx, 100, 0.8, generator=generator, vocab_size=meta["vocab_size"])
         model.train()
         return tokenizer.decode(idx[0].tolist())
 
