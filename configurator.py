@@ -34,8 +34,9 @@ def configure(settings: dict[str, Any], argv: list[str] | None = None) -> dict[s
     known = read_settings(settings)
     if "--help" in argv or "-h" in argv:
         print(settings["__doc__"] or "", "Settings, each with its default:", sep="\n")
-        for key, (_, comment) in known.items():
-            print(f"  {f'--{key}={settings[key]!r}':38} {comment}".rstrip())
+        for key, (kind, comment) in known.items():
+            choices = f" [{', '.join(map(str, get_args(kind)))}]" if get_origin(kind) is Literal else ""
+            print(f"  {f'--{key}={settings[key]!r}':38} {comment}{choices}".rstrip())
         raise SystemExit(0)
     kinds = {key: kind for key, (kind, _) in known.items()}
     given: dict[str, Any] = {}

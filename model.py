@@ -485,8 +485,8 @@ class GPT(nn.Module):
         settings |= {"n_layer": c.n_layer, "n_head": c.n_head, "tie_word_embeddings": c.tie_weights}
         settings |= {theirs: value_or(getattr(c, ours), c.dropout) for ours, theirs in HF_DROPOUTS.items()}
         settings |= {"activation_function": HF_ACTIVATIONS[c.activation], "layer_norm_epsilon": 1e-5}
-        if c.vocab_size > 50256:
-            settings |= {"bos_token_id": 50256, "eos_token_id": 50256}
+        end_of_text = 50256 if c.vocab_size > 50256 else None
+        settings |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
         weights = {
             name: (t.T if name.endswith(HF_TRANSPOSED) else t).contiguous()
             for name, t in self.state_dict().items()

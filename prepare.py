@@ -360,8 +360,8 @@ class Texts:
                 try:  # half a surrogate pair, which JSON can spell, is no text
                     text = json.loads(whole)[self.text_key].encode("utf-8", self.errors).decode()
                 except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-                    message = f"{path}, line {number}: no JSON object with --text_key={self.text_key}"
-                    raise DataError(f"{message} of text: {error!r:.99}") from None
+                    message = f"{path}, line {number}: no JSON object with a text under {self.text_key!r}"
+                    raise DataError(f"{message}, or name its --text_key ({error!r:.99})") from None
                 for i in range(0, max(1, len(text)), PIECE):
                     yield text[i : i + PIECE], i + PIECE >= len(text)
 

@@ -76,11 +76,13 @@ def find_meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What describes a checkpoint's tokenizer: itself; of nanoGPT, its dataset; else GPT-2's if that fits."""
     if "meta" in checkpoint:
         return checkpoint["meta"]
-    path = Path("data", str(checkpoint.get("config", {}).get("dataset")), "meta.json")
-    if path.is_file():
+    dataset = checkpoint.get("config", {}).get("dataset")
+    path = Path("data", str(dataset), "meta.json")
+    if dataset and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     if checkpoint["model_args"]["vocab_size"] < 50257:
-        raise ValueError(f"the checkpoint does not hold its tokenizer; prepare its dataset, for {path}")
+        hint = f"; prepare its dataset, for {path}" if dataset else ", and its vocabulary is not GPT-2's"
+        raise ValueError(f"the checkpoint does not hold its tokenizer{hint}")
     return {"tokenizer": {"type": "gpt2"}}
 
 
@@ -137,7 +139,8 @@ def complete(model: GPT, tokenizer: Tokenizer, prompt: str, generator: torch.Gen
     print(flush=True)
     if num_samples > 1:
         for _ in stream:  # the others may go on where the first has ended
-            pass
+            if stop and all(stop in tokenizer.decode(row) for row in rows):
+                break
     seconds = time.perf_counter() - started
     for row in rows[1:]:
         print(f"---\n{prompt}", end="", file=sys.stderr, flush=True)
@@ -180,7 +183,7 @@ def main() -> None:
                     complete(model, tokenizer, prompt, generator)
             except DataError as error:
                 if start != "-":
-                    sys.exit(f"sample.py: {error}; choose another --start")
+                    sys.exit(f"sample.py: {error}; choose another --start than {prompt!r:.40}")
                 print(error, file=sys.stderr)
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

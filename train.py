@@ -555,7 +555,7 @@ def main(given: dict[str, Any]) -> None:
     if rank == 0 and sample_prompt != "":
         try:
             tokenizer = load_tokenizer(meta)
-            prompt = tokenizer.encode(sample_prompt) if sample_prompt else val_data[:8].tolist()
+            prompt = tokenizer.encode(sample_prompt or "") or val_data[:8].tolist()
         except DataError as error:
             print(f"train.py: no samples: {error}", file=sys.stderr)
 
@@ -632,6 +632,7 @@ def main(given: dict[str, Any]) -> None:
     skipped = torch.zeros((), dtype=torch.int64, device=use_device)  # steps whose gradient was not finite
     while True:
         if step % eval_interval == 0 or step >= last_step or eval_only:
+            bar.set_postfix_str("evaluating")
             train_loss, val_loss = (evaluate(compiled, *split, use_device, autocast) for split in splits)
             losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
             say(f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}")
@@ -716,6 +717,8 @@ def main(given: dict[str, Any]) -> None:
             launch += f" --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size)}"
         command = f"{launch} train.py {shlex.join([*arguments, '--init_from=resume'])}"
         say(f"stopped after {step} steps, saved; go on with: {command}")
+    elif not eval_only:
+        say(f"{seconds:.0f} s of training; now: python sample.py {shlex.quote(f'--out_dir={out_dir}')}")
     if world_size > 1:
         # while it holds the process group, gloo's threads outlive the interpreter: an abort at exit
         del parallel

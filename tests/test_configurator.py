@@ -1,5 +1,7 @@
 """Settings: files, flags, types, and one clear line for each mistake."""
 
+import re
+
 import pytest
 from conftest import REPO, run
 from hypothesis import given, settings
@@ -144,6 +146,7 @@ def test_help_lists_settings_without_torch(tmp_path, script):
     """Not a timing: what would make it slow is not imported."""
     done = run("-X", "importtime", script, "--help", cwd=tmp_path)
     assert "--out_dir='out'" in done.stdout and "--seed=1337" in done.stdout
+    assert re.search(r"^  --dtype='auto' .* \[auto, float32, bfloat16, float16\]$", done.stdout, re.M)
     assert "torch" not in done.stderr and "numpy" not in done.stderr
 
 

@@ -90,6 +90,8 @@ def test_a_long_prompt_is_cropped_and_said(trained, workdir):
 def test_stop_ends_the_text_before_it(trained, workdir):
     text = sampled(workdir)
     assert sampled(workdir, f"--stop={text[20:25]}") == text[: text.index(text[20:25])] + "\n"
+    several = ["--stop= ", "--num_samples=3", "--max_new_tokens=1000000"]
+    assert " " not in run("sample.py", *ARGS, *several, cwd=workdir).stdout  # and all three have ended
 
 
 def test_text_comes_as_it_is_generated(trained, workdir):

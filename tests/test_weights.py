@@ -300,6 +300,13 @@ def test_other_architectures_are_refused_by_name(tmp_path, change, words):
         GPT.from_pretrained(str(tmp_path))
 
 
+def test_a_folder_without_our_vocabulary(tmp_path):
+    small().save_pretrained(str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
+    line = refused("sample.py", "--init_from=hf", "--device=cpu", cwd=tmp_path)
+    assert line.endswith("does not hold its tokenizer, and its vocabulary is not GPT-2's")
+
+
 @needs_mirror
 def test_a_hugging_face_folder_trains_and_samples(tmp_path):
     small(vocab_size=50257).save_pretrained(str(tmp_path / "hf"))
