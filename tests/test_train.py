@@ -112,7 +112,9 @@ def test_standard_output_and_samples(workdir):
     out = run("train.py", *args, cwd=workdir).stdout
     assert re.findall(r"^step (\d+): train loss \d\.\d+, val loss \d\.\d+", out, re.M) == ["0", "2", "3"]
     assert re.findall(r"^iter (\d+): loss \d\.\d+, ", out, re.M) == ["0", "1", "2"]
-    samples = re.split(r"^(?:step|iter) .*\n", out, flags=re.M)
+    said, last = out.removesuffix("\n").rsplit("\n", 1)
+    assert re.fullmatch(r"\d+ s of training; now: python sample.py --out_dir=out/said", last)
+    samples = re.split(r"^(?:step|iter) .*\n", f"{said}\n", flags=re.M)
     assert len([text for text in samples if text.startswith("The") and len(text) == 3 + 100 + 1]) == 3
 
 
