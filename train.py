@@ -536,20 +536,19 @@ def main(given: dict[str, Any]) -> None:
     # what comes out; a resume cuts metrics.jsonl to its checkpoint's step
     writes = rank == 0 and not eval_only
     metrics = [line for line in read_metrics(run / "metrics.jsonl") if line["step"] < step] if resume else []
+    board = None
     if writes:
         kept = "".join(json.dumps(line) + "\n" for line in metrics).encode()
         try:
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
             run.mkdir(parents=True, exist_ok=True)
             write_atomically(run / "metrics.jsonl", lambda file: file.write(kept))
-        except OSError as error:
-            fail(f"cannot write to {run}: {error}")
-    board = None
-    if tensorboard and writes:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(str(run), purge_step=step) if tensorboard else None
         except ImportError:
             fail("tensorboard=True needs a package that is not there: pip install tensorboard")
-        board = SummaryWriter(str(run), purge_step=step)
+        except OSError as error:
+            fail(f"cannot write to {run}: {error}")
     bar = tqdm(total=last_step, initial=step, unit="step", disable=None if writes else True)
     prompt: list[int] = []
     if rank == 0 and sample_prompt != "":

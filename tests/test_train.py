@@ -224,6 +224,7 @@ def test_tensorboard_is_optional_and_takes_the_numbers(workdir):
     args = [*TINY, "--max_iters=2", "--tensorboard=True"]
     if importlib.util.find_spec("tensorboard") is None:
         assert "pip install tensorboard" in refused("train.py", *args, "--out_dir=out/board", cwd=workdir)
+        assert not (workdir / "out" / "board").exists()
     else:
         run("train.py", *args, "--out_dir=out/board", cwd=workdir)
         assert len(list((workdir / "out" / "board").glob("events.out.tfevents.*"))) == 1
