@@ -99,9 +99,8 @@ class Linear(nn.Linear):
             if faster and self.weight.is_contiguous():
                 return torch._C._nn.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
         if not plain and rows <= 16 and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            y = self.weight @ x.reshape(-1, self.in_features).T.squeeze(
-                1
-            )  # (out,) of one row, else (out, rows)
+            y = x.reshape(-1, self.in_features).T.squeeze(1)  # (in,) where it is one row, else (in, rows)
+            y = self.weight @ y
             y = (y if rows == 1 else y.T.contiguous()).view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias
         return super().forward(x)
