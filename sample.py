@@ -139,7 +139,7 @@ def complete(model: GPT, tokenizer: Tokenizer, prompt: str, generator: torch.Gen
     print(flush=True)
     if num_samples > 1:
         for _ in stream:  # the others may go on where the first has ended
-            if stop and all(stop in tokenizer.decode(row) for row in rows):
+            if stop and all(tokenizer.end_of_text in row or stop in tokenizer.decode(row) for row in rows):
                 break
     seconds = time.perf_counter() - started
     for row in rows[1:]:
