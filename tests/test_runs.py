@@ -157,10 +157,10 @@ def alone(workdir):
     return workdir / "out" / "alone"
 
 
-def assert_close(run, alone):
+def assert_close(run, alone, rel=1e-4):
     for key in ("loss", "val_loss", "train_loss"):
         many, one = metrics(run, key), metrics(alone, key)
-        assert {step: many.get(step) for step in one} == pytest.approx(one, rel=1e-4)
+        assert {step: many.get(step) for step in one} == pytest.approx(one, rel=rel)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -180,8 +180,7 @@ def test_muon_on_two_processes(workdir):
     args = ["train.py", *SHARED, "--optimizer=muon", "--max_iters=40"]
     run(*args, "--out_dir=out/muon_1", cwd=workdir)
     run("-m", "torch.distributed.run", *TWO, *args, "--out_dir=out/muon_2", cwd=workdir)
-    one, two = (metrics(workdir / "out" / name, "loss") for name in ("muon_1", "muon_2"))
-    assert two == pytest.approx(one, rel=1e-3)
+    assert_close(workdir / "out" / "muon_2", workdir / "out" / "muon_1", rel=1e-3)  # bfloat16 rounds
 
 
 @pytest.mark.parametrize("to", ["torchrun", "worker"])
