@@ -281,6 +281,8 @@ def load_tokenizer(meta: dict[str, Any]) -> Tokenizer:
     try:
         spec = dict(meta["tokenizer"])
         return TOKENIZERS[spec.pop("type")](**spec)
+    except DataError:  # its files could not be downloaded
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"the tokenizer's description is damaged or unknown: {error!r:.99}") from None
 
