@@ -14,122 +14,172 @@ import sys
 import traceback
 import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
-# nanoGPT's config files run here: keys that we have no use for, and one that we say in two settings
-UNUSED = {"wandb_log", "wandb_project", "wandb_run_name"}
-DECAY_LR = {True: {"lr_schedule": "cosine"}, False: {"lr_schedule": "constant", "warmup_iters": 0}}
+# nanoGPT's config files run here. These keys of theirs are passed over,
+UNUSED = ("wandb_log", "wandb_project", "wandb_run_name")
+# and this is what its decay_lr means.
+DECAY_LR = {
+    True: {"lr_schedule": "cosine"},
+    False: {"lr_schedule": "constant", "warmup_iters": 0},
+}
 
+# what a flag may say, other than numbers and text
 WORDS = {"None": None, "True": True, "true": True, "False": False, "false": False}
 
 
-def configure(settings: dict[str, Any], argv: list[str] | None = None) -> dict[str, Any]:
+class UserError(ValueError):
+    """A mistake of the user's: one line that says what is wrong and what to do."""
+
+
+def configure(settings: dict, argv: list | None = None) -> dict:
     """Override a script's settings in place with a config file and flags.
 
-    settings: the script's globals(), whose lower-case variables so far are its settings
+    settings: the script's globals(), whose first variables are its settings
     argv: the command line without the script's name; sys.argv[1:] where None
     Returns what was overridden. Raises SystemExit with one line that names the mistake (or 0 after --help).
     """
     argv = sys.argv[1:] if argv is None else argv
     known = read_settings(settings)
     if "--help" in argv or "-h" in argv:
-        print(settings["__doc__"] or "", "Settings, each with its default:", sep="\n")
-        for key, (kind, comment) in known.items():
-            choices = f" [{', '.join(map(str, get_args(kind)))}]" if get_origin(kind) is Literal else ""
-            print(f"  {f'--{key}={settings[key]!r}':38} {comment}{choices}".rstrip())
-        raise SystemExit(0)
-    kinds = {key: kind for key, (kind, _) in known.items()}
-    given: dict[str, Any] = {}
+        print_help(settings, known)
+        sys.exit()
+    given = {}
     try:
-        for path in [arg for arg in argv if not arg.startswith("-")]:
-            given |= run_config_file(path, kinds)
-        for flag in [arg for arg in argv if arg.startswith("-")]:
-            key, equals, text = flag.removeprefix("--").partition("=")
-            if not (flag.startswith("--") and equals):
-                raise ValueError(f"flags are written --key=value, not {flag!r}")
-            given |= override(key, text, kinds, is_text=True)
-    except ValueError as error:
+        # files first, so that flags win, wherever they stand on the line
+        for argument in sorted(argv, key=lambda argument: argument.startswith("-")):
+            if argument.startswith("-"):
+                given |= read_flag(argument, known)
+            else:
+                given |= run_config_file(argument, known)
+    except UserError as error:
+        # an error in a config file may have several lines
         message = " ".join(str(error).split())
         raise SystemExit(f"{Path(settings['__file__']).name}: {message}") from None
-    if unused := [key for key in given if key in UNUSED]:
+    unused = [key for key in UNUSED if key in given]
+    if unused:
         print(f"{', '.join(unused)} passed over: there is no such logging here", file=sys.stderr)
-    given = {key: value for key, value in given.items() if key not in UNUSED}
+    for key in unused:
+        del given[key]
     settings.update(given)
     return given
 
 
-def read_settings(settings: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """{name: (type, comment)} of the lower-case variables in a script's source, in its order."""
-    source, known = Path(settings["__file__"]).read_text(encoding="utf-8"), {}
-    lines = source.encode().split(b"\n")  # ast counts bytes
+def read_flag(flag, known):
+    """{key: value} of --key=value. Raises UserError."""
+    key, equals, text = flag.removeprefix("--").partition("=")  # the text may hold more of them
+    if not flag.startswith("--") or not equals:
+        raise UserError(f"flags are written --key=value, not {flag!r}")
+    return override(key, text, known, is_text=True)
+
+
+def read_settings(settings: dict) -> dict:
+    """{name: (type, comment)} of a script's settings, in the order of its source.
+
+    Those are its lower-case variables, down to its first `if`.
+    """
+    source = Path(settings["__file__"]).read_text(encoding="utf-8")
+    lines = source.encode().split(b"\n")  # as bytes, which is how ast counts columns
+    known = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            name, kind = ast.unparse(node.target), eval(ast.unparse(node.annotation), dict(settings))
-        elif isinstance(node, ast.Assign):
+        if isinstance(node, ast.If):  # what follows is the script's own
+            break
+        if isinstance(node, ast.AnnAssign):  # name: type = default
+            name = ast.unparse(node.target)
+            kind = eval(ast.unparse(node.annotation), settings)
+        elif isinstance(node, ast.Assign):  # name = default
             name = ast.unparse(node.targets[0])
             kind = type(settings.get(name))
         else:
             continue
-        if name in settings and name.islower() and not name.startswith("_"):
-            known[name] = (kind, lines[node.end_lineno - 1][node.end_col_offset :].decode().lstrip("# "))
+        if name.islower() and not name.startswith("_"):
+            # the comment is what stands behind the value on its last line
+            comment = lines[node.end_lineno - 1][node.end_col_offset :].decode()
+            known[name] = (kind, comment.lstrip("# "))
     return known
 
 
-def run_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
-    """Run a config file and return the settings that it makes. Raises ValueError naming file and line."""
-    namespace = {"__file__": path}
+def print_help(settings, known):
+    """Print the script's docstring, and each setting with its default, comment and choices."""
+    print(settings["__doc__"])
+    print("Settings, each with its default:")
+    for key, (kind, comment) in known.items():
+        if get_origin(kind) is Literal:
+            comment += f" [{', '.join(map(str, get_args(kind)))}]"
+        flag = f"--{key}={settings[key]!r}"
+        print(f"  {flag:38} {comment}".rstrip())
+
+
+def run_config_file(path, known):
+    """Run a config file and return the settings that it makes. Raises UserError naming file and line."""
+    namespace = {"__file__": path}  # its own, not the script's
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
     except OSError as error:
-        raise ValueError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
-    except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = lines[-1] if lines else getattr(error, "lineno", None)  # a SyntaxError has its own
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-    given: dict[str, Any] = {}
-    for key, value in namespace.items():
-        if not key.startswith("_") and not isinstance(value, types.ModuleType):
-            try:
-                given |= override(key, value, kinds)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
+    except Exception as error:  # it is a program, which may raise anything
+        line = getattr(error, "lineno", None)  # a SyntaxError has its own
+        # else it is the deepest line of the file that was running
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == path:
+                line = frame.lineno
+        raise UserError(f"{path}, line {line}: {error!r}") from None
+    given = {}
+    try:
+        for key, value in namespace.items():
+            # a helper's name begins with _, and a module is what `import` leaves
+            if not key.startswith("_") and not isinstance(value, types.ModuleType):
+                given |= override(key, value, known)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return given
 
 
-def override(key: str, value: Any, kinds: dict[str, Any], is_text: bool = False) -> dict[str, Any]:
+def override(key, value, known, is_text=False):
     """{key: value}, checked and of the wanted type; a key of nanoGPT's unchecked, or what it means here.
 
-    is_text: a flag's text, read as the wanted type. Raises ValueError naming key, wanted type and value.
+    known: as read_settings returns it; is_text: value is a flag's text, to be read as the wanted type
+    Raises UserError naming key, wanted type and value.
     """
     if key in UNUSED:
         return {key: value}
-    decay_lr = key == "decay_lr" and "lr_schedule" in kinds
-    if key not in kinds and not decay_lr:
-        near = difflib.get_close_matches(key, kinds, n=3)
+    if key == "decay_lr" and "lr_schedule" in known:
+        return DECAY_LR[convert(key, value, bool, is_text)]
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
-        raise ValueError(f"unknown setting {key!r}; {hint}")
-    kind = bool if decay_lr else kinds[key]
-    choices = get_args(kind) if get_origin(kind) is Literal else None
-    wanted = {type(choice) for choice in choices} if choices else set(get_args(kind) or (kind,))
+        raise UserError(f"unknown setting {key!r}; {hint}")
+    kind, _ = known[key]
+    return {key: convert(key, value, kind, is_text)}
+
+
+def convert(key, value, kind, is_text):
+    """A value as the type kind wants it: bool, int, float, str, a union with None, or one of a Literal."""
+    wanted = get_args(kind) or (kind,)  # the types of a union, or the choices of a Literal
+    types_wanted = wanted
+    if get_origin(kind) is Literal:
+        types_wanted = [type(choice) for choice in wanted]
     if is_text:
-        value = read_text(value, wanted)
+        value = read_text(value, types_wanted)
+    # a whole number is a float too, where no digit of it is lost
     if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:
         value = float(value)
-    fits = type(value) in wanted and (not choices or value in choices)
-    if not fits or type(value) is float and not math.isfinite(value):
-        names = choices or sorted("None" if kind is type(None) else kind.__name__ for kind in wanted)
-        raise ValueError(f"{key} wants {' or '.join(map(str, names))}, not {value!r}")
-    return DECAY_LR[value] if decay_lr else {key: value}
+    # types are compared exactly, for True is an int to isinstance
+    fits = type(value) in types_wanted and (types_wanted is wanted or value in wanted)
+    if not fits or (type(value) is float and not math.isfinite(value)):
+        names = [getattr(one, "__name__", str(one)).removesuffix("Type") for one in wanted]
+        raise UserError(f"{key} wants {' or '.join(names)}, not {value!r}")
+    return value
 
 
-def read_text(text: str, wanted: set[type]) -> Any:
+def read_text(text, wanted):
     """A flag's text as a value of one of the wanted types; the text itself where it is none of them."""
     if text in WORDS and type(WORDS[text]) in wanted:
         return WORDS[text]
-    for number in (int, float):
+    for number in (int, float):  # in this order, so that 3 stays an int where both are wanted
         if number in wanted:
             try:
                 return number(text)
-            except ValueError:
+            except ValueError:  # it will be refused as the text that it is
                 pass
     return text

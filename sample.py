@@ -8,7 +8,7 @@ python sample.py --init_from=gpt2 --start="The capital of France is" --show_prob
 import signal
 from typing import Literal
 
-from configurator import configure
+from configurator import UserError, configure
 
 out_dir = "out"  # a run of train.py
 init_from = "resume"  # resume (out_dir's best.pt, else ckpt.pt), gpt2 and its sizes, or a checkpoint
@@ -33,164 +33,202 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from model import GPT, load_checkpoint, next_token_probs, pick_device
-from prepare import DataError, Tokenizer, load_tokenizer, weights_path
+from model import GPT, ModelError, load_checkpoint, next_token_probs, pick_device, pick_dtype
+from prepare import Tokenizer, load_tokenizer, weights_path
+
+# -- what is read --------------------------------------------------------------------------------------------
 
 
-def text_stream(
-    tokenizer: Tokenizer, ids: Iterable[int], prompt: list[int], stop: str | None
-) -> Iterator[str]:
-    """The text of token IDs as they come after a prompt, up to a stop text or end-of-text.
+def find_checkpoint():
+    """The path of the checkpoint that init_from and out_dir name. Raises UserError."""
+    if init_from != "resume":
+        return weights_path(init_from)
+    for name in ("best.pt", "ckpt.pt"):
+        path = Path(out_dir, name)
+        if path.exists():
+            return str(path)
+    raise UserError(f"there is no {out_dir}/best.pt; train a run first, or name one by --out_dir")
 
-    Never half a UTF-8 character: bytes wait for the rest of theirs, as does what may be the start of stop.
+
+def find_tokenizer(checkpoint):
+    """The tokenizer of a checkpoint's weights. Raises UserError where nothing says which one that is.
+
+    Ours say it themselves, nanoGPT's by the name of the dataset. Weights from elsewhere have GPT-2's, if they
+    are large enough for it.
     """
-    held, waiting = prompt[-1:], ""
-    shown = tokenizer.decode(held)
-    for token in ids:
-        if token == tokenizer.end_of_text:
-            break
-        held.append(token)
-        text = tokenizer.decode(held)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        waiting += text[len(shown) :]
-        held = held[-1:]  # a word tokenizer needs it to join the next word
-        shown = tokenizer.decode(held)
-        if stop and stop in waiting:
-            yield waiting[: waiting.index(stop)]
-            return
-        keep = max((n for n in range(1, len(stop or "")) if waiting.endswith(stop[:n])), default=0)
-        yield waiting[: len(waiting) - keep]
-        waiting = waiting[len(waiting) - keep :]
-    waiting += tokenizer.decode(held)[len(shown) :]
-    yield waiting.split(stop)[0] if stop else waiting
-
-
-def find_meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """What describes a checkpoint's tokenizer: itself; of nanoGPT, its dataset; else GPT-2's if that fits."""
+    size = checkpoint["model_args"]["vocab_size"]
+    path = Path("data", checkpoint.get("config", {}).get("dataset", ""), "meta.json")
     if "meta" in checkpoint:
-        return checkpoint["meta"]
-    dataset = checkpoint.get("config", {}).get("dataset")
-    path = Path("data", str(dataset), "meta.json")
-    if dataset and path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    if checkpoint["model_args"]["vocab_size"] < 50257:
-        hint = f"; prepare its dataset, for {path}" if dataset else ", and its vocabulary is not GPT-2's"
-        raise ValueError(f"the checkpoint does not hold its tokenizer{hint}")
-    return {"tokenizer": {"type": "gpt2"}}
+        meta = checkpoint["meta"]
+    elif path.is_file():
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    elif size >= 50257:
+        meta = {"tokenizer": {"type": "gpt2"}}
+    elif "config" in checkpoint:
+        raise UserError(f"the checkpoint does not hold its tokenizer; prepare its dataset, for {path}")
+    else:
+        raise UserError("the checkpoint does not hold its tokenizer, and its vocabulary is not GPT-2's")
+    tokenizer = load_tokenizer(meta)
+    if tokenizer.vocab_size > size:
+        raise UserError(f"the model's vocabulary of {size} is not that of its tokenizer")
+    return tokenizer
 
 
-def prompts() -> Iterator[str]:
+def prompts():
     """The one that start is, that of a file, or, for "-", each line of standard input."""
-    if start == "-":
-        while True:
-            print("> " if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
-            if not (line := sys.stdin.readline()):
-                return
+    if start.startswith("FILE:"):
+        yield Path(start[5:]).read_text(encoding="utf-8")
+    elif start != "-":
+        yield start
+    else:
+        ask = "> " if sys.stdin.isatty() else ""
+        print(ask, end="", file=sys.stderr, flush=True)
+        for line in sys.stdin:
             yield line.rstrip("\n")
-    yield Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
+            print(ask, end="", file=sys.stderr, flush=True)
 
 
-def encode_prompt(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The prompt's last block_size token IDs, or end-of-text where there are none. Raises DataError."""
+def encode_prompt(model, tokenizer, prompt):
+    """The prompt's last block_size token IDs, or end-of-text where it has none. Raises UserError."""
     ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
-    if len(ids) > (longest := model.config.block_size):
+    longest = model.config.block_size
+    if len(ids) > longest:
         print(f"the prompt is cropped to its last {longest} of {len(ids)} tokens", file=sys.stderr)
     return ids[-longest:]
 
 
+# -- what is written -----------------------------------------------------------------------------------------
+
+
+class TextStream:
+    """Makes text of the token IDs that come one by one after a prompt, up to stop or end-of-text.
+
+    Never half a UTF-8 character: its bytes wait for the others, and so does what may be the start of stop.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list, stop: str | None):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.held = prompt[-1:]  # tokens whose text is not out yet, after one whose text is
+        self.shown = tokenizer.decode(self.held)
+        self.waiting = ""  # text that is not out yet
+        self.ended = False
+
+    def push(self, token: int) -> str:
+        """Take a token; return the text that is ready. Nothing is, once the stream has ended."""
+        if self.ended:
+            return ""
+        if token == self.tokenizer.end_of_text:
+            return self.end()
+        self.held.append(token)
+        text = self.tokenizer.decode(self.held)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""  # the rest of a character is to come
+        self.waiting += text[len(self.shown) :]
+        self.held = self.held[-1:]  # a word tokenizer needs it to join the next word
+        self.shown = self.tokenizer.decode(self.held)
+        if not self.stop:
+            keep = 0
+        elif self.stop in self.waiting:
+            return self.end()
+        else:
+            # so many characters at the end may be the beginning of stop
+            keep = max(n for n in range(len(self.stop)) if self.waiting.endswith(self.stop[:n]))
+        ready = self.waiting[: len(self.waiting) - keep]
+        self.waiting = self.waiting[len(ready) :]
+        return ready
+
+    def end(self) -> str:
+        """No token follows; return the text that was waiting for one."""
+        self.ended = True
+        text = self.waiting + self.tokenizer.decode(self.held)[len(self.shown) :]
+        self.waiting, self.held, self.shown = "", [], ""
+        return text.split(self.stop)[0] if self.stop else text
+
+
 @torch.no_grad()
-def print_probs(model: GPT, tokenizer: Tokenizer, prompt: str, device: str) -> None:
+def print_probs(model, tokenizer, prompt, device):
     """Print what may come after a prompt: the ten likeliest tokens, their probabilities, and bars."""
-    idx = torch.tensor([encode_prompt(model, tokenizer, prompt)], device=device)
+    idx = torch.tensor([encode_prompt(model, tokenizer, prompt)], device=device)  # (1, T)
     logits = model(idx)[0][:, -1, : tokenizer.vocab_size]  # (1, V)
     temperatures = (0.5, 1.0, 1.5)
-    probs = [next_token_probs(logits, t)[0][0] for t in temperatures]  # 3 x (V,)
+    probs = [next_token_probs(logits, t)[0] for t in temperatures]  # each (V,)
     print("".join(f"temperature {t:<18}" for t in temperatures) + "next token")
-    for token in logits[0].topk(min(10, logits.size(-1))).indices.tolist():
-        columns = (f"{p[token]:6.1%} {'█' * round(20 * p[token].item()):22}" for p in probs)
-        print(f"{' '.join(columns)} {tokenizer.decode([token])!r}")
+    for token in logits[0].topk(min(10, tokenizer.vocab_size)).indices.tolist():
+        for p in probs:
+            bar = "█" * round(20 * p[token].item())
+            print(f"{p[token]:6.1%} {bar:22}", end=" ")
+        print(repr(tokenizer.decode([token])))
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompt: str, generator: torch.Generator) -> None:
-    """Print num_samples continuations of a prompt, made as one batch, the first as it comes; or DataError."""
+def complete(model, tokenizer, prompt, generator):
+    """Print num_samples continuations of a prompt, made as one batch, the first one as it comes."""
     ids = encode_prompt(model, tokenizer, prompt)
-    idx = torch.tensor([ids] * num_samples, device=generator.device)
-    options = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
-    rows: list[list[int]] = [[] for _ in range(num_samples)]
-
-    def first_row() -> Iterator[int]:
-        for tokens in model.generate_stream(idx, max_new_tokens, *options):
-            for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
-                row.append(token)
-            yield rows[0][-1]
-
-    started = time.perf_counter()
+    idx = torch.tensor([ids] * num_samples, device=generator.device)  # (B, T)
+    sampling = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
+    streams = [TextStream(tokenizer, ids, stop) for _ in range(num_samples)]
+    texts, count, started = [""] * num_samples, 0, time.perf_counter()
     print(prompt, end="", file=sys.stderr, flush=True)
-    stream = first_row()
-    for text in text_stream(tokenizer, stream, ids, stop):
-        print(text, end="", flush=True)
-    print(flush=True)
-    if num_samples > 1:
-        for _ in stream:  # the others may go on where the first has ended
-            if stop and all(tokenizer.end_of_text in row or stop in tokenizer.decode(row) for row in rows):
-                break
+    for tokens in model.generate_stream(idx, max_new_tokens, *sampling):  # each (B, 1)
+        count += num_samples
+        for i, token in enumerate(tokens[:, 0].tolist()):
+            text = streams[i].push(token)
+            texts[i] += text
+            if i == 0:
+                print(text, end="", flush=True)
+        if all(stream.ended for stream in streams):
+            break
     seconds = time.perf_counter() - started
-    for row in rows[1:]:
+    print(streams[0].end(), flush=True)
+    for text, stream in zip(texts[1:], streams[1:], strict=True):
         print(f"---\n{prompt}", end="", file=sys.stderr, flush=True)
-        print("".join(text_stream(tokenizer, row, ids, stop)), flush=True)
-    count = sum(map(len, rows))
+        print(text + stream.end(), flush=True)
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
-def main() -> None:
+def check_settings():
+    """Raises UserError where a setting cannot work."""
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
         if not least <= globals()[name] < 2**63:
-            sys.exit(f"sample.py: {name} cannot be {globals()[name]}")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        sys.exit("sample.py: top_k must be at least 1, and top_p above 0 and at most 1")
-    try:
-        use_device, use_dtype = pick_device(device, dtype)
-        path = weights_path(init_from)
-        if init_from == "resume":
-            best, latest = Path(out_dir, "best.pt"), Path(out_dir, "ckpt.pt")
-            path = str(latest if latest.exists() and not best.exists() else best)
-            if not Path(path).exists():
-                raise ValueError(f"there is no {path}; train a run first, or name one by --out_dir")
-        checkpoint = load_checkpoint(path)
-        model = GPT.from_state(checkpoint)
-        tokenizer = load_tokenizer(find_meta(checkpoint))
-        if tokenizer.vocab_size > (size := model.config.vocab_size):
-            raise ValueError(f"the model's vocabulary of {size} is not that of its tokenizer")
-    except (OSError, ValueError) as error:
-        sys.exit(f"sample.py: {error}")
-    model.eval().to(use_device, getattr(torch, use_dtype))
-    model.optimize_for_generation(compile is True)
+            raise UserError(f"{name} cannot be {globals()[name]}")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+
+def main():
+    check_settings()
+    use_device = pick_device(device)
+    checkpoint = load_checkpoint(find_checkpoint())
+    model = GPT.from_checkpoint(checkpoint)
+    tokenizer = find_tokenizer(checkpoint)
+    model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
+    if compile is True:
+        model.compile_generation()
     generator = torch.Generator(use_device).manual_seed(seed)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        for prompt in prompts():
-            try:
-                if show_probs:
-                    print_probs(model, tokenizer, prompt, use_device)
-                else:
-                    complete(model, tokenizer, prompt, generator)
-            except DataError as error:
-                if start != "-":
-                    sys.exit(f"sample.py: {error}; choose another --start than {prompt!r:.40}")
-                print(error, file=sys.stderr)
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, UnicodeDecodeError) as error:
-        what = "the prompt is not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
-        sys.exit(f"sample.py: {what}{error}")
+    for prompt in prompts():
+        try:
+            if show_probs:
+                print_probs(model, tokenizer, prompt, use_device)
+            else:
+                complete(model, tokenizer, prompt, generator)
+        except UserError as error:  # the prompt has a character that the model does not know
+            if start != "-":
+                raise UserError(f"{error}; choose another --start than {prompt!r:.40}") from None
+            print(error, file=sys.stderr)  # the next line may do better
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeDecodeError as error:
+        sys.exit(f"sample.py: the prompt is not UTF-8: {error}")
+    except (ModelError, OSError, UserError) as error:
+        sys.exit(f"sample.py: {error}")

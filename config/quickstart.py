@@ -15,7 +15,6 @@ bias = False
 tie_weights = False
 position = "rope"
 qk_norm = True
-short_conv = 3
 activation = "relu2"
 init = "zero"
 

@@ -1,4 +1,4 @@
-# The "baby GPT" of train_shakespeare_char.py in a modern dress, for a GPU: a lower loss in fewer steps.
+# The "baby GPT" of train_shakespeare_char.py with today's architecture, for a GPU: fewer steps, a lower loss.
 #   python prepare.py shakespeare_char && python train.py config/train_shakespeare_char_fast.py
 # Its rates come from a small model on a CPU: neither tuned nor measured on a GPU.
 
@@ -16,7 +16,6 @@ bias = False
 tie_weights = False
 position = "rope"
 qk_norm = True
-short_conv = 3
 activation = "relu2"
 init = "zero"
 

@@ -45,11 +45,10 @@ def our_settings(config: str, flags: list[str]) -> dict:
     namespace = {"__file__": str(REPO / "train.py")}
     exec((REPO / "train.py").read_text().split("if __name__")[0], namespace)
     known = read_settings(namespace)
-    kinds = {name: kind for name, (kind, _) in known.items()}
-    settings = {name: namespace[name] for name in known} | run_config_file(config, kinds)
+    settings = {name: namespace[name] for name in known} | run_config_file(config, known)
     for flag in flags:
         key, value = flag.removeprefix("--").split("=", 1)
-        settings |= override(key, value, kinds, is_text=True)
+        settings |= override(key, value, known, is_text=True)
     return settings
 
 
@@ -152,11 +151,10 @@ def utilization(settings: dict, tokens_per_second: float, device: str) -> str:
         model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **{name: settings[name] for name in names}))
     gpu = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     peak = next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
+    flops = tokens_per_second * model.flops_per_token()
     if device == "cuda" and peak:
-        return f"MFU {100 * model.estimate_mfu(tokens_per_second, peak):.1f}% of {gpu}"
-    return (
-        f"{model.estimate_mfu(tokens_per_second, 1) / 1e9:,.0f} GFLOP/s (the peak of {gpu} is not known here)"
-    )
+        return f"MFU {100 * flops / peak:.1f}% of {gpu}"
+    return f"{flops / 1e9:,.0f} GFLOP/s (the peak of {gpu} is not known here)"
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -259,7 +257,7 @@ LADDER = {  # what each idea of GPT adds to the one before, at equal steps; head
     "dropout 0.1": "--dropout=0.1",
     "Muon": "--optimizer=muon --learning_rate=5e-3 --lr_schedule=linear --min_lr=0",
     "Muon, modern": "--optimizer=muon --learning_rate=5e-3 --lr_schedule=linear --min_lr=0 --position=rope"
-    " --qk_norm=True --activation=relu2 --init=zero --tie_weights=False --short_conv=3",
+    " --qk_norm=True --activation=relu2 --init=zero --tie_weights=False",
 }
 
 
@@ -300,8 +298,9 @@ def generators(args: argparse.Namespace) -> dict:
     dtypes, models = args.dtype.split(","), {}
 
     def ours(dtype, compile):
-        model = GPT.from_state(checkpoint).eval().to(args.device, getattr(torch, dtype))
-        model.optimize_for_generation(compile)
+        model = GPT.from_checkpoint(checkpoint).to(args.device, getattr(torch, dtype))
+        if compile:
+            model.compile_generation()
         return model, lambda idx, n: model.generate(idx, n, top_k=200, vocab_size=config.vocab_size)
 
     def transformers_model():
@@ -346,7 +345,7 @@ def token_times(model: Any, generate: Callable, idx: Any, n: int) -> list[float]
             torch.cuda.synchronize()
         times.append(time.perf_counter())
 
-    hook = model.register_forward_pre_hook(note)
+    hook = model.transformer.wte.register_forward_pre_hook(note)  # called once for a token by all of them
     generate(idx, n + 1)
     hook.remove()
     return [after - before for before, after in zip(times, times[1:], strict=False)]

@@ -1,6 +1,7 @@
 """Corpora of any size: pieces, processes, every wrapping of documents, FineWeb, interruptions."""
 
 import gzip
+import io
 import json
 import os
 import random
@@ -9,18 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
-from conftest import REPO, TINY, Server, metrics, needs_mirror, refused, run, run_on_a_full_disk
+from conftest import REPO, TINY, Server, needs_mirror, refused, run, run_on_a_full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-import train
+
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    from backports import zstd
 
 MB = 1 << 20
 
@@ -75,19 +78,17 @@ fragments = st.one_of(
 texts = st.lists(fragments, max_size=40).map("".join)
 
 
-def cut(text, size, boundary):
-    blocks = [(text[i : i + size], False) for i in range(0, len(text), size)] + [("", True)]
-    pieces = list(prepare.pieces(blocks, boundary))
-    assert "".join(piece for piece, _ in pieces) == text
-    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
-    return [piece for piece, _ in pieces]
+def cut(text, size):
+    pieces = list(prepare.whole_words(io.StringIO(text, newline="\n"), size))
+    assert "".join(pieces) == text
+    return pieces
 
 
 @needs_mirror
 @settings(max_examples=500, deadline=None)
 @given(text=texts, size=st.integers(1, 12))
 def test_gpt2_ids_of_pieces_are_those_of_the_whole(gpt2, text, size):
-    pieces = cut(text, size, gpt2.boundary)
+    pieces = cut(text, size)
     assert sum(map(gpt2.encode, pieces), []) == gpt2.encode(text)
     assert (
         b"".join(gpt2.encode_array(piece).tobytes() for piece in pieces)
@@ -98,27 +99,53 @@ def test_gpt2_ids_of_pieces_are_those_of_the_whole(gpt2, text, size):
 @settings(max_examples=300, deadline=None)
 @given(text=texts, size=st.integers(1, 12))
 def test_char_and_word_ids_of_pieces_are_those_of_the_whole(text, size):
-    counts = Counter(prepare.WordTokenizer.words(text))
     for tokenizer in (
         prepare.CharTokenizer(sorted(set(text)) + [prepare.END_OF_TEXT]),
-        prepare.WordTokenizer.from_counts(counts),
+        prepare.WordTokenizer.from_entries(set(prepare.WordTokenizer.words(text))),
     ):
-        assert sum(map(tokenizer.encode, cut(text, size, tokenizer.boundary)), []) == tokenizer.encode(text)
+        assert sum(map(tokenizer.encode, cut(text, size)), []) == tokenizer.encode(text)
 
 
 def test_pieces_are_small_where_they_can_be():
     text = text_of(200_000)
-    assert max(map(len, cut(text, 1000, prepare.Tokenizer.boundary))) < 3000
-    assert max(map(len, cut("中文。" * 10_000, 1000, prepare.CharTokenizer.boundary))) < 1100
-    assert cut("x" * 10_000 + " y", 100, prepare.Tokenizer.boundary) == ["x" * 10_000, " y"]
+    assert max(map(len, cut(text, 1000))) < 3000
+    assert max(map(len, cut("中文。\n" * 10_000, 1000))) < 1100
+    assert cut("x" * 10_000 + " y", 100) == ["x" * 10_000, " y"]
+    assert cut("a short one", 100) == ["a short one"]
 
 
-# -- processes -----------------------------------------------------------------------------------------------
+@settings(max_examples=300)
+@given(text=texts, size=st.integers(1, 12))
+def test_a_text_is_cut_at_the_last_word_end_that_has_been_read(text, size):
+    """The plain rule: of all that has been read, from the first block on that holds a place to cut."""
+    pieces, start = [], 0
+    for read in range(size, len(text) + size, size):
+        ends = [
+            i
+            for i in range(start + 1, min(read, len(text)))
+            if text[i] in " \n" and not text[i - 1].isspace()
+        ]
+        if min(read, len(text)) - start >= size and ends:
+            pieces.append(text[start : ends[-1]])
+            start = ends[-1]
+    assert cut(text, size) == pieces + [text[start:]]
+
+
+def test_a_text_without_spaces_takes_linear_time():
+    def seconds(size):
+        started = time.process_time()
+        assert len(cut("x" * size, 10_000)) == 1
+        return time.process_time() - started
+
+    assert seconds(16_000_000) < 5
+
+
+# -- threads -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["char", "word", pytest.param("gpt2", marks=needs_mirror)])
-def test_one_large_text_through_processes(tmp_path, kind):
-    text = ("naïve 中文 🙂 <|endoftext|> 'tis\r\n" + text_of(50_000)) * 100  # over 4 MB, so in processes
+def test_one_large_text_through_threads(tmp_path, kind):
+    text = ("naïve 中文 🙂 <|endoftext|> 'tis\r\n" + text_of(50_000)) * 100
     (tmp_path / "big.txt").write_text(text, encoding="utf-8", newline="")
     done = run("prepare.py", "big.txt", f"--tokenizer={kind}", "--val_fraction=0.6", cwd=tmp_path)
     meta = json.loads((tmp_path / "data" / "big" / "meta.json").read_text())
@@ -130,7 +157,7 @@ def test_one_large_text_through_processes(tmp_path, kind):
 
 
 @needs_mirror
-def test_many_documents_through_processes_in_order(tmp_path, gpt2):
+def test_many_documents_through_threads_in_order(tmp_path, gpt2):
     whole, rng = text_of(6_000_000, seed=1), random.Random(1)
     sizes = [0, 1, 2_500_000] + [rng.choice([10, 1000, 100_000]) for _ in range(200)]
     ends = np.cumsum(sizes).tolist()
@@ -148,26 +175,42 @@ def test_many_documents_through_processes_in_order(tmp_path, gpt2):
     assert f"{tokens[0]:,} train (" in done.stdout and f"{tokens[1]:,} validation tokens (" in done.stdout
 
 
-def test_few_chunks_are_under_way_at_a_time():
+def test_few_batches_are_under_way_at_a_time():
     taken = 0
 
-    def chunks():
+    def batches():
         nonlocal taken
-        for _ in range(40):
+        for i in range(100):
             taken += 1
-            yield [("train", "ab" * 1000), ("val", "b")]
+            yield [("train", "ab" * i), ("val", "b")]
 
     tokenizer = prepare.CharTokenizer(["a", "b"])
-    encoded = prepare.encode_chunks(chunks(), tokenizer, workers=2)
+    encoded = prepare.encode_batches(batches(), tokenizer)
     first = next(encoded)
-    assert taken <= 5
-    assert [first, *encoded] == [prepare.encode_chunk([("train", "ab" * 1000), ("val", "b")], tokenizer)] * 40
+    assert taken <= 2 * prepare.THREADS + 1
+    found = [(split, ids.tolist()) for split, ids in [first, *encoded]]
+    assert found == [
+        (split, tokenizer.encode(text))
+        for i in range(100)
+        for split, text in (("train", "ab" * i), ("val", "b"))
+    ]
 
 
-def test_a_workers_error_is_the_users():
-    chunks = iter([[("train", "ab")], [("train", "a€")], [("train", "ab")]])
-    with pytest.raises(prepare.DataError, match="€"):
-        list(prepare.encode_chunks(chunks, prepare.CharTokenizer(["a", "b"]), workers=2))
+@given(sizes=st.lists(st.integers(0, 10), max_size=30))
+def test_batches_hold_every_text_in_order(sizes):
+    texts = [(("train", "val")[i % 2], "x" * size) for i, size in enumerate(sizes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PIECE", 12)
+        batches = list(prepare.batches(texts))
+    assert sum(batches, []) == texts
+    lengths = [sum(len(text) for _, text in batch) for batch in batches]
+    assert all(12 <= length < 22 for length in lengths[:-1])
+
+
+def test_a_threads_error_is_the_users():
+    batches = iter([[("train", "ab")], [("train", "a€")], [("train", "ab")]])
+    with pytest.raises(prepare.UserError, match="€"):
+        list(prepare.encode_batches(batches, prepare.CharTokenizer(["a", "b"])))
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
@@ -197,9 +240,7 @@ def wrapped(folder, documents):
     half = len(lines) // 2
     (folder / "plain.jsonl").write_bytes(lines)
     (folder / "zipped.jsonl.gz").write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
-    (folder / "packed.jsonl.zst").write_bytes(
-        zstandard.compress(lines[:half]) + zstandard.compress(lines[half:])
-    )
+    (folder / "packed.jsonl.zst").write_bytes(zstd.compress(lines[:half]) + zstd.compress(lines[half:]))
     return ["txt", "gz", "plain.jsonl", "zipped.jsonl.gz", "packed.jsonl.zst"]
 
 
@@ -272,8 +313,9 @@ def test_binary_files_of_a_folder_are_skipped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_damaged_archives_are_refused(tmp_path, suffix):
-    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor(write_checksum=True).compress
-    content = pack(os.urandom(50_000).hex().encode())
+    text = os.urandom(50_000).hex().encode()
+    checked = {zstd.CompressionParameter.checksum_flag: 1}
+    content = gzip.compress(text) if suffix == ".gz" else zstd.compress(text, options=checked)
     for i, damaged in enumerate((content[:-1], content[:9000] + b"?" * 99 + content[9099:], b"plain text")):
         (tmp_path / f"{i}.txt{suffix}").write_bytes(damaged)
         assert f"{i}.txt{suffix} is damaged" in refused("prepare.py", f"{i}.txt{suffix}", cwd=tmp_path)
@@ -281,11 +323,12 @@ def test_damaged_archives_are_refused(tmp_path, suffix):
 
 
 def test_without_zstandard_one_line_says_so(tmp_path):
-    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"text " * 100))
+    (tmp_path / "a.txt.zst").write_bytes(zstd.compress(b"text " * 100))
     (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "zstandard.py").write_text("raise ImportError('No module named zstandard')")
+    (tmp_path / "without" / "backports.py").write_text("raise ImportError('No module named backports')")
+    (tmp_path / "without" / "compression.py").write_text("raise ImportError('No module named compression')")
     env = {"PYTHONPATH": str(tmp_path / "without")}
-    assert "pip install zstandard" in refused("prepare.py", "a.txt.zst", cwd=tmp_path, env=env)
+    assert "pip install backports.zstd" in refused("prepare.py", "a.txt.zst", cwd=tmp_path, env=env)
     run("prepare.py", "a.txt.zst", cwd=tmp_path)
     assert (tmp_path / "data" / "a").is_dir()
 
@@ -293,29 +336,10 @@ def test_without_zstandard_one_line_says_so(tmp_path):
 # -- vocabularies --------------------------------------------------------------------------------------------
 
 
-def test_max_vocab_keeps_the_most_frequent_words(tmp_path):
-    (tmp_path / "a.txt").write_text("b b b a a a e e g g h h i i j j c c d d f " * 20)
-    run("prepare.py", "a.txt", "--tokenizer=word", "--max_vocab=5", cwd=tmp_path)
-    meta = json.loads((tmp_path / "data" / "a" / "meta.json").read_text())
-    assert (
-        meta["tokenizer"]["vocab"] == ["a", "b", "c", "<|endoftext|>", "<|unk|>"] and meta["vocab_size"] == 5
-    )
-    tokenizer = prepare.load_tokenizer(meta)
-    assert tokenizer.decode(tokenizer.encode("a d f c")) == "a <|unk|> <|unk|> c"
-    train_ids = np.frombuffer(bins(tmp_path / "data" / "a")["train.bin"], dtype="<u2")
-    assert train_ids[:21].tolist() == [1, 1, 1, 0, 0, 0, *[4] * 10, 2, 2, *[4] * 3]
-    for flags in (
-        ["--max_vocab=5"],
-        ["--tokenizer=word", "--max_vocab=2"],
-        ["--tokenizer=word", "--max_vocab=65537"],
-    ):
-        assert "--max_vocab" in refused("prepare.py", "a.txt", *flags, cwd=tmp_path)
-
-
 def test_more_words_than_uint16_counts_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(map(str, range(65_535))))
     line = refused("prepare.py", "a.txt", "--tokenizer=word", cwd=tmp_path)
-    assert all(words in line for words in ("65536", "--tokenizer=gpt2", "--max_vocab"))
+    assert all(words in line for words in ("65536", "--tokenizer=gpt2"))
     (tmp_path / "a.txt").write_text(" ".join(map(str, range(65_534))))
     run("prepare.py", "a.txt", "--tokenizer=word", cwd=tmp_path)
     assert json.loads((tmp_path / "data" / "a" / "meta.json").read_text())["vocab_size"] == 65_536
@@ -355,7 +379,6 @@ def test_interrupted_it_leaves_nothing_and_runs_again(tmp_path, kill):
     while not (partial.exists() and partial.stat().st_size):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    assert len(processes_of(process.pid)) > 2
     if kill == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)
     else:
@@ -412,7 +435,7 @@ def test_fineweb_goes_on_where_it_was_interrupted(tmp_path, fineweb, monkeypatch
         patch.setattr(prepare.time, "sleep", lambda seconds: None)
         for name, value in env.items():
             patch.setenv(name, value)
-        with pytest.raises(prepare.DataError, match="train_000002.bin"):
+        with pytest.raises(prepare.UserError, match="train_000002.bin"):
             prepare.prepare_fineweb("fineweb", 2)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".cache"]
     first = [asked for path, asked in Server.requests if path.endswith("train_000001.bin")]
@@ -465,19 +488,7 @@ def test_fineweb_is_gpt2s(tmp_path):
         assert "GPT-2" in refused("prepare.py", "fineweb", flag, cwd=tmp_path)
 
 
-# -- many files ----------------------------------------------------------------------------------------------
-
-
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6), data=st.data())
-def test_shards_are_one_sequence(sizes, data):
-    whole = np.arange(sum(sizes), dtype=np.uint16) * 7
-    shards = train.Shards(np.split(whole, np.cumsum(sizes)[:-1]))
-    assert len(shards) == len(whole) and shards.max() == whole.max()
-    index = np.array(
-        data.draw(st.lists(st.lists(st.integers(0, len(whole) - 1), min_size=3, max_size=3), min_size=1))
-    )
-    assert shards[index].tolist() == whole[index].tolist() and shards[index].dtype == np.uint16
-    assert shards[:4].tolist() == whole[:4].tolist()
+# -- token IDs of others -------------------------------------------------------------------------------------
 
 
 @needs_mirror
@@ -487,33 +498,10 @@ def test_token_ids_of_others_become_text(workdir):
     folder.mkdir()
     for split in ("train", "val"):
         np.arange(100, dtype="<u2").tofile(folder / f"{split}.bin")
-    run("train.py", *TINY.split(), "--dataset=bare", "--max_iters=1", "--out_dir=out/bare", cwd=workdir)
+    args = [*TINY.split(), "--dataset=bare", "--max_iters=1", "--out_dir=out/bare"]
+    assert "taken for GPT-2" in run("train.py", *args, cwd=workdir).stderr
     args = ["--out_dir=out/bare", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
     offline = {"HTTPS_PROXY": "http://127.0.0.1:9", "PLAINGPT_MIRROR": "", "NO_PROXY": ""}
     done = run("sample.py", *args, cwd=workdir, check=False, env=offline)
     assert done.returncode and done.stderr.startswith("sample.py: cannot download https://openaipublic")
     assert run("sample.py", *args, cwd=workdir).stdout
-
-
-def test_training_reads_many_files_as_one(workdir, monkeypatch):
-    for name, parts in (("one", 1), ("many", 3)):
-        folder = workdir / "data" / name
-        folder.mkdir()
-        for split in ("train", "val"):
-            ids = np.fromfile(workdir / "data" / "pydocs" / f"{split}.bin", dtype="<u2")[:3001]
-            for i, part in enumerate(np.array_split(ids, parts)):
-                part.tofile(folder / (f"{split}_{i:03}.bin" if parts > 1 else f"{split}.bin"))
-    flags = [*TINY.split(), "--max_iters=20", "--eval_iters=0"]
-    for name in ("one", "many"):
-        done = run("train.py", *flags, f"--dataset={name}", f"--out_dir=out/{name}", cwd=workdir)
-        assert "taken for GPT-2" in done.stderr
-    for key in ("loss", "val_loss"):
-        assert metrics(workdir / "out" / "many", key) == metrics(workdir / "out" / "one", key)
-    np.full(100, 60_000, dtype="<u2").tofile(workdir / "data" / "many" / "train_001.bin")
-    done = run("train.py", *flags, "--dataset=many", "--out_dir=out/wild", cwd=workdir, check=False)
-    assert done.returncode == 1 and "data/many" in done.stderr and "60000" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and not (workdir / "out" / "wild").exists()
-    (workdir / "data" / "many" / "train_001.bin").write_bytes(b"odd")
-    monkeypatch.chdir(workdir)
-    with pytest.raises(ValueError, match=r"data/many/train\*.bin is missing, empty or truncated"):
-        train.load_dataset("many")

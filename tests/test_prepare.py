@@ -3,7 +3,7 @@
 import errno
 import hashlib
 import json
-from collections import Counter
+import re
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def test_published_corpora(tmp_path, name, vocab_size, train_tokens, val_tokens,
 
 def test_word_tokenizer_as_published(verdict, reference):
     published = reference["word_tokenizer"]
-    tokenizer = prepare.WordTokenizer.from_counts(Counter(prepare.WordTokenizer.words(verdict)))
+    tokenizer = prepare.WordTokenizer.from_entries(set(prepare.WordTokenizer.words(verdict)))
     assert len(tokenizer.words(verdict)) == published["n_tokens"]
     assert tokenizer.vocab_size == published["vocab_size"] == published["n_distinct"] + 2
     tokenizer = prepare.load_tokenizer(json.loads(json.dumps({"tokenizer": tokenizer.meta})))
@@ -103,8 +103,42 @@ def test_char_round_trips_its_own_alphabet(text):
 
 def test_unknown_character_names_itself():
     tokenizer = prepare.CharTokenizer(["a", "b", "c"])
-    with pytest.raises(prepare.DataError, match=r"'€' \(U\+20AC\)"):
-        tokenizer.encode("ab€")
+    for text in ("ab€", "ab€d"):
+        with pytest.raises(prepare.UserError, match=r"'€' \(U\+20AC\)"):
+            tokenizer.encode(text)
+    with pytest.raises(prepare.UserError, match=r"'\\udfff' \(U\+DFFF\)"):
+        tokenizer.encode("\udfff")
+
+
+@settings(max_examples=300)
+@given(
+    text=st.lists(st.one_of(st.text(max_size=5), st.sampled_from(["<|endoftext|>", "<|endof", "🙂"]))).map(
+        "".join
+    ),
+    ends=st.booleans(),
+)
+def test_char_ids_are_those_of_a_plain_loop(text, ends):
+    chars = sorted(set(text)) + [prepare.END_OF_TEXT] * ends
+    tokenizer, ids, parts = prepare.CharTokenizer(chars), [], [text]
+    if ends:
+        parts = re.split("(" + re.escape(prepare.END_OF_TEXT) + ")", text)
+    for part in parts:
+        ids += [chars.index(entry) for entry in ([part] if ends and part == prepare.END_OF_TEXT else part)]
+    assert tokenizer.encode(text) == ids
+    array = tokenizer.encode_array(text)
+    assert array.tolist() == ids and array.dtype == np.dtype("<u2")
+    assert tokenizer.decode(ids) == text
+
+
+def words_as_published(text, published):
+    """The words by the regular expression of the reference, stripped, without the empty ones."""
+    return [part.strip() for part in re.split(published["split_regex"], text) if part.strip()]
+
+
+@settings(max_examples=1000)
+@given(text=st.one_of(st.text(), st.text("ab-,.?_!\"()' \n\t\x1c\x85\u2003\u200b:;"), st.text("a- \n")))
+def test_words_are_those_of_the_published_rule(reference, text):
+    assert prepare.WordTokenizer.words(text) == words_as_published(text, reference["word_tokenizer"])
 
 
 # -- your own text -------------------------------------------------------------------------------------------
@@ -134,11 +168,12 @@ def test_many_documents_go_whole_to_one_side(tmp_path, tokenizer):
 
 @given(n=st.integers(2, 400), fraction=st.floats(0.01, 0.5))
 def test_split_shares_documents_as_asked(n, fraction):
-    (chunk,) = prepare.chunks([(str(i), True) for i in range(n)], n, n, fraction)
-    sides = {side: [int(text) for split, text in chunk[::2] if split == side] for side in ("train", "val")}
+    texts = list(prepare.split_documents([[str(i)] for i in range(n)], n, n, fraction))
+    sides = {side: [int(text) for split, text in texts[::2] if split == side] for side in ("train", "val")}
     assert sorted(sides["train"] + sides["val"]) == list(range(n))
     assert len(sides["val"]) == max(1, int(n * fraction)) and sides["train"]
-    assert {text for _, text in chunk[1::2]} == {prepare.END_OF_TEXT}
+    assert {text for _, text in texts[1::2]} == {prepare.END_OF_TEXT}
+    assert [split for split, _ in texts[1::2]] == [split for split, _ in texts[::2]]
 
 
 def test_prepared_again_is_replaced_whole(tmp_path):
@@ -198,7 +233,7 @@ def test_full_disk_leaves_no_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setattr(json, "dumps", full)
     with pytest.raises(OSError):
-        prepare.write_dataset("a", [("text " * 100, True)], [], "char")
+        prepare.write_dataset("a", [["text " * 100]], [], "char")
     assert list((tmp_path / "data").iterdir()) == []
 
 
@@ -234,14 +269,14 @@ def test_download_goes_on_from_what_another_run_left(tmp_path, server, no_mirror
     [("missing", None, "404"), ("file", "0" * 64, "has changed or was damaged")],
 )
 def test_download_refuses(tmp_path, server, no_mirror, path, sha256, message):
-    with pytest.raises(prepare.DataError, match=message) as error:
+    with pytest.raises(prepare.UserError, match=message) as error:
         prepare.download(f"{server}/{path}", tmp_path / "file", sha256)
     assert f"{server}/{path}" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_network_names_the_ways_out(tmp_path, no_mirror):
-    with pytest.raises(prepare.DataError) as error:
+    with pytest.raises(prepare.UserError) as error:
         prepare.download("http://127.0.0.1:9/some/file", tmp_path / "file")
     assert all(word in str(error.value) for word in ("127.0.0.1:9/some/file", "PLAINGPT_MIRROR", "pydocs"))
 

@@ -1,5 +1,6 @@
 """Runs that go wrong, with real processes: kills, signals, lost peers, memory; and on many processes."""
 
+import math
 import os
 import random
 import re
@@ -12,13 +13,12 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, TINY, metrics, run, run_limited
-
-import train
+from conftest import REPO, TINY, metrics, run
 
 TINY = TINY.split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TWO = ["--standalone", "--nproc_per_node=2"]
+RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the README says, with --max-restarts
 
 
 def same_run(a, b):
@@ -32,10 +32,15 @@ def same_run(a, b):
     )
 
 
-def start(*command, cwd, output=subprocess.PIPE):
+def start(*command, cwd, env=None):
     """A process that prints to a pipe, and errors too, in the folder cwd."""
     return subprocess.Popen(
-        [str(arg) for arg in command], cwd=cwd, stdout=output, stderr=subprocess.STDOUT, encoding="utf-8"
+        [str(arg) for arg in command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        env={**os.environ, **(env or {})},
     )
 
 
@@ -77,7 +82,7 @@ def test_a_killed_run_resumes_to_the_same_bits(workdir):
 
 def test_twenty_kills_leave_no_trace(workdir):
     """kill -9 at 20 random moments, every other one inside a save; the end is the unbroken run's."""
-    args = [*RESUMED, "--max_iters=300", "--eval_interval=6", "--data_order=epoch", "--keep_checkpoints=2"]
+    args = [*RESUMED, "--max_iters=300", "--eval_interval=6", "--data_order=epoch"]
     args.append("--optimizer=muon")
     run("train.py", *args, "--out_dir=out/unbroken", cwd=workdir)
     folder = workdir / "out" / "twenty"
@@ -99,7 +104,7 @@ def test_twenty_kills_leave_no_trace(workdir):
     assert in_saves >= 5
     run("train.py", "--init_from=resume", f"--out_dir={folder}", cwd=workdir)
     assert same_run(workdir / "out" / "unbroken", folder)
-    files = {"ckpt.pt", "best.pt", "ckpt_294.pt", "ckpt_300.pt", "metrics.jsonl", "loss.png"}
+    files = {"ckpt.pt", "best.pt", "metrics.jsonl", "loss.png"}
     assert {path.name for path in folder.iterdir()} == files
 
 
@@ -147,7 +152,7 @@ def test_a_second_signal_exits_at_once(workdir):
 
 # -- any number of processes and machines --------------------------------------------------------------------
 
-SHARED = [*TINY, "--gradient_accumulation_steps=4", "--max_iters=100", "--eval_iters=3", "--short_conv=3"]
+SHARED = [*TINY, "--gradient_accumulation_steps=4", "--max_iters=100", "--eval_iters=3"]
 
 
 @pytest.fixture(scope="session")
@@ -198,16 +203,19 @@ def test_a_signal_stops_all_processes_together(workdir, alone, to):
     assert_close(folder, alone)
 
 
-def test_two_machines(workdir, alone):
-    """The README's command on two nodes, which are this machine twice."""
+def two_nodes():
+    """torchrun's flags in the README's command for several machines, for this one twice."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     flags = re.search(r"^torchrun (--nnodes=2 .*) train.py", readme, re.M)[1]
-    flags = flags.replace("FIRST_HOST:29500", f"127.0.0.1:{port}").replace("node=4", "node=1").split()
+    return flags.replace("FIRST_HOST:29500", f"127.0.0.1:{port}").replace("node=4", "node=1").split()
+
+
+def test_two_machines(workdir, alone):
     folder = workdir / "out" / "nodes"
-    command = [*TORCHRUN, *flags, REPO / "train.py", *SHARED, f"--out_dir={folder}"]
+    command = [*TORCHRUN, *two_nodes(), REPO / "train.py", *SHARED, f"--out_dir={folder}"]
     with start(*command, cwd=workdir) as one, start(*command, cwd=workdir) as two:
         said = one.communicate()[0], two.communicate()[0]
     assert one.returncode == two.returncode == 0, said
@@ -215,16 +223,37 @@ def test_two_machines(workdir, alone):
     assert_close(folder, alone)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_machines_come_back_after_either_loses_its_process(workdir, alone, victim):
+    folder = workdir / "out" / f"nodes_{victim}"
+    lines = folder / "metrics.jsonl"
+    args = ["--max-restarts=3", REPO / "train.py", *SHARED, "--init_from=auto", f"--out_dir={folder}"]
+    command = [*TORCHRUN, *two_nodes(), *args]
+    with (
+        start(*command, cwd=workdir, env=RESTARTS) as one,
+        start(*command, cwd=workdir, env=RESTARTS) as two,
+    ):
+        deadline = time.monotonic() + 120
+        while not lines.exists() or lines.read_text().count("\n") < 27:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(workers((one, two)[victim])[0], signal.SIGKILL)
+        said = one.communicate()[0], two.communicate()[0]
+    assert one.returncode == two.returncode == 0, said
+    assert any(re.search(r"^from step [1-9]\d* to 100", text, re.M) for text in said), said
+    assert_close(folder, alone)
+
+
 def test_torchrun_brings_a_killed_run_back(workdir, alone):
     folder = workdir / "out" / "elastic"
-    command = [*TORCHRUN, *TWO, "--max-restarts=3", REPO / "train.py", *SHARED, f"--out_dir={folder}"]
-    with start(*command, cwd=workdir) as process:
+    args = ["--max-restarts=3", REPO / "train.py", *SHARED, "--init_from=auto", f"--out_dir={folder}"]
+    with start(*TORCHRUN, *TWO, *args, cwd=workdir, env=RESTARTS) as process:
         for beginning, victim in (("iter 25:", 1), ("iter 45:", 0)):
             read_until(process, beginning)
             os.kill(workers(process)[victim], signal.SIGKILL)
         said = process.stdout.read()
     assert process.returncode == 0, said
-    assert re.findall(r"started again by torchrun: goes on from step (\d+)", said), said
+    assert re.findall(r"^from step [1-9]\d* to 100", said, re.M), said
     assert_close(folder, alone)
 
 
@@ -259,34 +288,22 @@ def test_a_lost_process_ends_the_run(workdir, number, victim):
 # -- numbers and memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows do not limit memory so")
-def test_out_of_memory_names_the_settings(workdir):
-    args = [*TINY, "--batch_size=1000000", "--out_dir=out/memory"]
-    done = run_limited("RLIMIT_AS", 4 << 30, "train.py", *args, cwd=workdir)
-    line = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert line.startswith(
-        "train.py: out of memory with batch_size=1000000 and gradient_accumulation_steps=1"
-    )
-    assert "halve" in line and "double" in line
-
-
-def test_float16_counts_the_steps_that_overflow(workdir):
-    """A scale far too large: each step that overflows halves it and changes nothing else; all are counted."""
+def test_float16_passes_over_the_steps_that_overflow(workdir):
+    """A scale far too large: each step that overflows halves it and changes nothing else."""
     folder = workdir / "out" / "half"
     args = ["--dtype=float16", "--max_iters=20", "--log_interval=7", f"--out_dir={folder}"]
     args.append("--optimizer=muon")
     run("train.py", *TINY, *args, cwd=workdir)
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-    assert checkpoint["scaler"]["scale"] == 2**16 and not metrics(folder, "skipped")
+    assert checkpoint["scaler"]["scale"] == 2**16
     checkpoint["scaler"]["scale"] = 2.0**30
     torch.save(checkpoint, folder / "ckpt.pt")
-    done = run("train.py", "--init_from=resume", "--max_iters=57", f"--out_dir={folder}", cwd=workdir)
-    skipped = sum(metrics(folder, "skipped").values())
+    run("train.py", "--init_from=resume", "--max_iters=57", f"--out_dir={folder}", cwd=workdir)
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    skipped = 30 - round(math.log2(checkpoint["scaler"]["scale"]))
     assert 5 < skipped < 25 and checkpoint["scaler"]["scale"] == 2.0 ** (30 - skipped)
     assert checkpoint["optimizer"][0]["state"][0]["step"] == 57 - skipped
-    assert re.search(r"^iter \d+: loss .*, float16 overflowed: \d+ skipped$", done.stdout, re.M)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
 
 
 def test_weights_that_are_not_finite_are_never_saved(workdir):
@@ -303,20 +320,3 @@ def test_weights_that_are_not_finite_are_never_saved(workdir):
     )
     good = torch.load(workdir / "out" / "unseen" / "ckpt.pt", weights_only=True)
     assert good["step"] == 0 and all(tensor.isfinite().all() for tensor in good["model"].values())
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_the_latest_checkpoints_are_kept(tmp_path, monkeypatch, links):
-    if not links:
-        monkeypatch.setattr(os, "link", lambda *_: os.stat("/no hard links here"))
-    for name in ("ckpt_mine.pt", "ckpt_.pt"):
-        (tmp_path / name).touch()
-    for step in (100, 200, 30, 40, 40):  # back to an earlier step, by hand: the latest are the latest written
-        state = {"model": {"weight": torch.full((3,), step)}, "optimizer": {}, "scaler": {}, "step": step}
-        assert train.write_checkpoint(tmp_path, state, step == 100, keep=2)
-    names = {"best.pt", "ckpt.pt", "ckpt_30.pt", "ckpt_40.pt", "ckpt_mine.pt", "ckpt_.pt"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-    for name, step in (("ckpt_30.pt", 30), ("ckpt_40.pt", 40), ("ckpt.pt", 40)):
-        assert torch.load(tmp_path / name, weights_only=True)["step"] == step
-    assert torch.load(tmp_path / "best.pt", weights_only=True).keys() == {"model", "step"}
-    assert (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt_40.pt") == links

@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 
 from model import GPT, load_checkpoint
 from prepare import CharTokenizer, WordTokenizer, load_tokenizer
-from sample import text_stream
+from sample import TextStream
 
 ARGS = ["--out_dir=out/trained", "--max_new_tokens=60", "--device=cpu"]
+
+
+def text_stream(tokenizer, ids, prompt, stop):
+    """The pieces of text that come out, token by token and at the end."""
+    stream = TextStream(tokenizer, prompt, stop)
+    return [*(stream.push(token) for token in ids), stream.end()]
 
 
 def sampled(workdir, *args):
@@ -23,7 +29,7 @@ def sampled(workdir, *args):
 
 def test_standard_output_is_the_generated_text_alone(trained, workdir):
     checkpoint = load_checkpoint(trained / "best.pt")
-    model, tokenizer = GPT.from_state(checkpoint).eval(), load_tokenizer(checkpoint["meta"])
+    model, tokenizer = GPT.from_checkpoint(checkpoint), load_tokenizer(checkpoint["meta"])
     prompt = tokenizer.encode("The for statement")
     expected = model.generate(torch.tensor([prompt]), 60, temperature=0)[0, len(prompt) :].tolist()
     done = run("sample.py", *ARGS, "--start=The for statement", "--temperature=0", cwd=workdir)
@@ -35,7 +41,7 @@ def test_standard_output_is_the_generated_text_alone(trained, workdir):
 def test_the_likeliest_next_tokens(trained, workdir):
     """Ten lines of probabilities that fall, and less so the warmer it is."""
     checkpoint = load_checkpoint(trained / "best.pt")
-    model, tokenizer = GPT.from_state(checkpoint).eval(), load_tokenizer(checkpoint["meta"])
+    model, tokenizer = GPT.from_checkpoint(checkpoint), load_tokenizer(checkpoint["meta"])
     logits = model(torch.tensor([tokenizer.encode("The for statement")]))[0][0, -1]
     head, *lines = sampled(workdir, "--start=The for statement", "--show_probs=True").splitlines()
     assert head.split()[::2] == ["temperature"] * 3 + ["next"] and len(lines) == 10

@@ -161,7 +161,7 @@ def test_openais_release_by_the_command_line(tf, tmp_path, server):
 def test_a_tensor_that_does_not_belong_is_named(tf, tmp_path, change, words):
     tensors = {name: t for name, t in (variables() | change).items() if t is not None}
     released(tf, tmp_path / "release", tensors)
-    with pytest.raises(prepare.DataError) as error:
+    with pytest.raises(prepare.UserError) as error:
         prepare.read_gpt2(tmp_path / "release")
     assert all(word in str(error.value) for word in words), error.value
 
@@ -176,7 +176,7 @@ def test_damaged_releases_are_refused(tf, tmp_path, damage):
         (release / "hparams.json").write_text("{")
     else:
         (release / "hparams.json").write_text(json.dumps(HPARAMS | {"n_head": 5}))
-    with pytest.raises(prepare.DataError, match="release"):
+    with pytest.raises(prepare.UserError, match="release"):
         prepare.read_gpt2(release)
 
 
@@ -208,7 +208,7 @@ def test_not_prepared_and_no_tensorflow(tmp_path, script):
 
 def test_without_tensorflow_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(prepare.DataError, match="pip install tensorflow"):
+    with pytest.raises(prepare.UserError, match="pip install tensorflow"):
         prepare.read_gpt2(tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_the_hubs_old_layout(tmp_path):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("bias", False), ("qkv_bias", False), ("position", "rope"), ("qk_norm", True), ("short_conv", 3)],
+    [("bias", False), ("qkv_bias", False), ("position", "rope"), ("qk_norm", True)],
 )
 def test_what_gpt2_cannot_express_is_not_saved(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
