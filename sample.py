@@ -189,6 +189,17 @@ def complete(model, tokenizer, prompt, generator):
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
+def lay_out_input_major(model):
+    """Hold matrices as (in, out), as GPT-2's own files do, for float32 on a CPU.
+
+    8 samples at a time come 1.16 to 1.33 times as fast, 4 or 16 of them 1.05 times, one of them no faster, but
+    2 or 3 only 0.66 times (GPT-2 124M, two cores of an Intel Xeon).
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = module.weight.data.T.contiguous().T
+
+
 def check_settings():
     """Raises UserError where a setting cannot work."""
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
@@ -206,9 +217,14 @@ def main():
     checkpoint = load_checkpoint(find_checkpoint())
     model = GPT.from_checkpoint(checkpoint)
     tokenizer = find_tokenizer(checkpoint)
-    model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
+    use_dtype = pick_dtype(dtype, use_device)
+    model.to(use_device, getattr(torch, use_dtype))
+    if use_device == "cpu" and use_dtype == "float32" and num_samples not in (2, 3):
+        lay_out_input_major(model)
     if compile is True:
-        model.compile_generation()
+        # on a GPU a CUDA graph, which saves the launch of each kernel
+        mode = "reduce-overhead" if use_device.startswith("cuda") else None
+        model.compiled_step = torch.compile(model.next_logits, mode=mode, dynamic=False)
     generator = torch.Generator(use_device).manual_seed(seed)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     for prompt in prompts():

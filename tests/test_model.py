@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, load_checkpoint, next_token_probs, rope_angles, rotate
+from model import GPT, GPTConfig, KVCache, draw, load_checkpoint, next_token_probs, rope_angles, rotate
 
 SMALL = dict(block_size=16, vocab_size=65, n_layer=3, n_head=2, n_embd=32)
 
@@ -273,7 +273,7 @@ def test_sampled_tokens_equal_those_without_a_cache(flash, changes, batch_size, 
     expected, generator = idx, torch.Generator().manual_seed(3)
     for _ in range(30):
         probs = next_token_probs(model(expected[:, -16:])[0][:, -1], 0.9, 20)
-        token = torch.multinomial(probs, 1, generator=generator)
+        token = draw(probs, generator)
         expected = torch.cat((expected, token), dim=1)
     assert torch.equal(generated, expected)
 
@@ -283,7 +283,7 @@ def test_sampled_tokens_equal_those_without_a_cache(flash, changes, batch_size, 
 def test_the_compiled_step_generates_the_same(changes):
     torch._dynamo.utils.counters.clear()
     model, compiled = small(**changes), small(**changes)
-    compiled.compile_generation()
+    compiled.compiled_step = torch.compile(compiled.next_logits, dynamic=False)
     for idx in (tokens(2, 5), tokens(2, 9, seed=1)):
         a, b = (m.generate(idx, 20, generator=torch.Generator().manual_seed(3)) for m in (model, compiled))
         assert torch.equal(a, b)
@@ -327,6 +327,25 @@ def test_top_k_top_p_and_padding_bound_what_is_sampled():
             ]
             assert allowed[option].gather(1, new).all(), option
     assert next_token_probs(model(idx)[0][:, -1], top_k=1000).isfinite().all()
+
+
+def test_draws_follow_the_probabilities():
+    """As often as torch.multinomial draws them, and never one of probability 0, at either end."""
+    probs = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    ours = draw(probs.expand(100_000, -1), torch.Generator().manual_seed(0))[:, 0].bincount(minlength=6)
+    theirs = torch.multinomial(probs, 100_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours / 1e5, probs, atol=5e-3, rtol=0)
+    torch.testing.assert_close(ours / 1e5, theirs.bincount(minlength=6) / 1e5, atol=7e-3, rtol=0)
+    assert ours[probs == 0].sum() == 0
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_draws_at_the_ends_of_the_random_numbers(monkeypatch, uniform):
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, uniform))
+    for seed in range(100):
+        probs = torch.rand_like(torch.empty(8, 1000), dtype=torch.float32).sub(0.5).clamp(min=0)
+        probs = probs / probs.sum(-1, keepdim=True)
+        assert (probs.gather(-1, draw(probs, None)) > 0).all(), seed
 
 
 def test_stop_ends_each_sequence_and_then_all():

@@ -10,9 +10,9 @@ from conftest import REPO, refused, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import GPT, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
 from prepare import CharTokenizer, WordTokenizer, load_tokenizer
-from sample import TextStream
+from sample import TextStream, lay_out_input_major
 
 ARGS = ["--out_dir=out/trained", "--max_new_tokens=60", "--device=cpu"]
 
@@ -108,6 +108,18 @@ def test_text_comes_as_it_is_generated(trained, workdir):
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
     assert process.returncode == 0
+
+
+@torch.no_grad()
+def test_the_layout_for_generation_changes_no_logits():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)).eval()
+    for rows in (1, 2, 8, 17):
+        idx = torch.randint(65, (rows, 9))
+        expected = model(idx, all_logits=True)[0]
+        lay_out_input_major(model)
+        assert model.transformer.h[0].mlp.c_fc.weight.stride() == (1, 128)
+        torch.testing.assert_close(model(idx, all_logits=True)[0], expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_checkpoint_loads_without_the_compiler(trained, workdir):
