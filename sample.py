@@ -192,8 +192,8 @@ def complete(model, tokenizer, prompt, generator):
 def lay_out_input_major(model):
     """Hold matrices as (in, out), as GPT-2's own files do, for float32 on a CPU.
 
-    8 samples at a time come 1.16 to 1.33 times as fast, 4 or 16 of them 1.05 times, one of them no faster, but
-    2 or 3 only 0.66 times (GPT-2 124M, two cores of an Intel Xeon).
+    Eight samples at a time come 1.16 to 1.33 times as fast, 4 or 16 of them 1.05 times, and one as fast,
+    but two or three at 0.66 of the speed (GPT-2 124M, two cores of an Intel Xeon).
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):

@@ -324,7 +324,7 @@ class Metrics:
         axes.plot(best, losses[best], "k*", label="best")
         axes.legend()
         picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=120)
+        figure.savefig(picture, format="png")
         return picture.getvalue()
 
 
@@ -409,8 +409,9 @@ def on_signal(number, _frame):
     global stop_requested
     if not stop_requested:
         stop_requested = time.monotonic()
-        with suppress(OSError):  # os.write, for the signal may have come in the middle of a print
-            os.write(2, b"\ntrain.py: saves and ends as soon as this step or evaluation is done\n")
+        if rank == 0:
+            with suppress(OSError):  # os.write, for the signal may have come in the middle of a print
+                os.write(2, b"\ntrain.py: saves and ends as soon as this step or evaluation is done\n")
     elif time.monotonic() > stop_requested + 1:  # torchrun sends a terminal's Ctrl-C a second time, sooner
         raise SystemExit(128 + number)
 
@@ -514,8 +515,12 @@ def main(given):
         if rank == 0 and data.max() >= model.config.vocab_size:
             raise UserError(f"{data.filename} has the ID {data.max()}, but {model.config.vocab_size=}")
     model.to(use_device).train()
-    muon_peak = muon_learning_rate if optimizer == "muon" else None
-    optimizers = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), muon_peak)
+    optimizers = model.configure_optimizers(
+        weight_decay,
+        learning_rate,
+        (beta1, beta2),
+        muon_learning_rate if optimizer == "muon" else None,
+    )
     step, tokens, seconds, best_val_loss = 0, 0, 0.0, math.inf
     if resume:
         step, tokens, seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
@@ -551,7 +556,7 @@ def main(given):
     # -- what comes out
     writes = rank == 0 and not eval_only
     metrics = Metrics(run, step) if writes else None
-    tokenizer, prompt = None, []
+    prompt = []
     if rank == 0 and sample_prompt != "":
         tokenizer = load_tokenizer(meta)
         prompt = tokenizer.encode(sample_prompt or "") or val_data[:8].tolist()
@@ -624,9 +629,9 @@ def main(given):
         loss_sum = torch.zeros((), device=use_device)
         for i, micro_batch in enumerate(micro_batches):
             x, y = get_batch(train_data, micro_batch, block_size, use_device)
-            # DDP averages the gradients over the processes once, after the last micro-batch
-            # (without DDP this attribute has no effect)
-            parallel.require_backward_grad_sync = i == len(micro_batches) - 1
+            if world_size > 1:
+                # DDP averages the gradients over the processes once, after the last micro-batch
+                parallel.require_backward_grad_sync = i == len(micro_batches) - 1
             with autocast:
                 loss = parallel(x, y)[1] / len(micro_batches)
             scaler.scale(loss).backward()
