@@ -200,6 +200,17 @@ def lay_out_input_major(model):
             module.weight.data = module.weight.data.T.contiguous().T
 
 
+def optimize_for_generation(model, num_samples, compiled):
+    """Make the steps of one token faster, once the model is on its device and of its precision."""
+    weight = model.lm_head.weight
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and num_samples not in (2, 3):
+        lay_out_input_major(model)
+    if compiled:
+        # on a GPU a CUDA graph, which saves the launch of each kernel
+        mode = "reduce-overhead" if weight.is_cuda else None
+        model.compiled_step = torch.compile(model.next_logits, mode=mode, dynamic=False)
+
+
 def check_settings():
     """Raises UserError where a setting cannot work."""
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
@@ -217,14 +228,8 @@ def main():
     checkpoint = load_checkpoint(find_checkpoint())
     model = GPT.from_checkpoint(checkpoint)
     tokenizer = find_tokenizer(checkpoint)
-    use_dtype = pick_dtype(dtype, use_device)
-    model.to(use_device, getattr(torch, use_dtype))
-    if use_device == "cpu" and use_dtype == "float32" and num_samples not in (2, 3):
-        lay_out_input_major(model)
-    if compile is True:
-        # on a GPU a CUDA graph, which saves the launch of each kernel
-        mode = "reduce-overhead" if use_device.startswith("cuda") else None
-        model.compiled_step = torch.compile(model.next_logits, mode=mode, dynamic=False)
+    model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
+    optimize_for_generation(model, num_samples, compile is True)
     generator = torch.Generator(use_device).manual_seed(seed)
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     for prompt in prompts():

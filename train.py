@@ -571,6 +571,7 @@ def main(given):
     # -- the loop: evaluate, save, step, log
     lr, stopping = learning_rate, False
     logged_step, logged_seconds = step, seconds
+    flops_per_token = model.flops_per_token()
     saving = checkpoint_writer.submit(bool, True)  # a future: was the last checkpoint written?
     while True:
         # evaluate: at the start, every eval_interval steps and at the end, on the same windows every time
@@ -660,7 +661,7 @@ def main(given):
             stop_if_not_finite(mean_loss, f"iter {step - 1}: loss {mean_loss}, gradient norm {norm}", lr)
             print0(
                 f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, "
-                f"{speed:,.0f} tokens/s, {speed * model.flops_per_token() / 1e12:.3g} TFLOP/s"
+                f"{speed:,.0f} tokens/s, {speed * flops_per_token / 1e12:.3g} TFLOP/s"
             )
             if writes:
                 metrics.log(

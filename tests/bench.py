@@ -287,7 +287,7 @@ def generators(args: argparse.Namespace) -> dict:
 
     from model import GPT, GPTConfig, load_checkpoint
     from prepare import weights_path
-    from sample import lay_out_input_major
+    from sample import optimize_for_generation
 
     torch.manual_seed(0)
     if args.init_from == "random":
@@ -300,11 +300,7 @@ def generators(args: argparse.Namespace) -> dict:
 
     def ours(dtype, compile):
         model = GPT.from_checkpoint(checkpoint).to(args.device, getattr(torch, dtype))
-        if (args.device, dtype) == ("cpu", "float32"):
-            lay_out_input_major(model)  # as sample.py does
-        if compile:
-            mode = "reduce-overhead" if args.device == "cuda" else None
-            model.compiled_step = torch.compile(model.next_logits, mode=mode, dynamic=False)
+        optimize_for_generation(model, 8, compile)
         return model, lambda idx, n: model.generate(idx, n, top_k=200, vocab_size=config.vocab_size)
 
     def transformers_model():
