@@ -12,10 +12,8 @@ twice, to count and then to tokenize, a piece at a time: memory does not grow wi
 
 import argparse
 import difflib
-import errno
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -23,20 +21,17 @@ import shutil
 import sys
 import time
 import zlib
-from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
+from tqdm import tqdm
 
 from configurator import UserError
 
-# tqdm, requests, tiktoken, torch and tensorflow are imported where they are used: train.py and sample.py
+# requests, tiktoken, torch and tensorflow are imported where they are used: train.py and sample.py
 # import this file for its tokenizers, and --help must answer at once.
 
 
@@ -92,13 +87,19 @@ GPT2_SIZES = {
     "gpt2-xl": "1558M",
 }
 
-# GPTConfig's names, and those of OpenAI's hparams.json.
-GPT2_HPARAMS = {
-    "block_size": "n_ctx",
-    "vocab_size": "n_vocab",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
+# What makes OpenAI's name of a weight of ours, step by step: transformer.h.0.attn.c_attn.weight is
+# model/h0/attn/c_attn/w, a LayerNorm's weight is its gain, and an embedding is all there is of it.
+GPT2_RENAMES = {
+    "transformer.h.": "model/h",
+    "transformer.": "model/",
+    "weight": "w",
+    "bias": "b",
+    ".": "/",
+    "ln_1/w": "ln_1/g",
+    "ln_2/w": "ln_2/g",
+    "ln_f/w": "ln_f/g",
+    "wte/w": "wte",
+    "wpe/w": "wpe",
 }
 
 # What the command line takes besides paths.
@@ -109,7 +110,7 @@ UNKNOWN = "<|unk|>"
 MAX_VOCAB = 65536  # what uint16 can count
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
-PIECE = 1 << 20
+PIECE = 1_000_000
 # Threads that tokenize. More than eight would wait for the one that reads.
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -119,8 +120,8 @@ SUFFIXES = ".txt .md .rst .tex .py .c .h .cpp .java .js .ts .go .rs .html .css .
 
 # -- downloads -----------------------------------------------------------------------------------------------
 #
-# Nothing else in this project asks the network. download() decides where a file comes from and whether it is
-# the right one, fetch() does not give up, fetch_once() is one request.
+# Nothing else in this project asks the network. download() decides whether a file is the right one,
+# fetch_from_mirror() where it comes from, fetch() does not give up, fetch_once() is one request.
 
 
 def download(url: str, path: str | Path, sha256: str | None = None) -> None:
@@ -134,16 +135,16 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # It gets its name when it is complete: until then nobody takes it for the file.
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     # Twice, because what an earlier run left in path.part may be the beginning of another file.
     for _ in range(2):
         fetch_from_mirror(url, part)
         found = file_sha256(part)
         if sha256 in (None, found):
-            os.replace(part, path)
+            part.replace(path)
             return
         part.unlink()
-    raise UserError(f"{url} has changed or was damaged on the way: sha256 {found}, expected {sha256}")
+    raise UserError(f"{url} has changed or was damaged on the way: its sha256 is {found}")
 
 
 def fetch_from_mirror(url, part):
@@ -151,38 +152,30 @@ def fetch_from_mirror(url, part):
     # A folder or a server of your own, for machines without a network, and for the tests.
     mirror = os.environ.get("PLAINGPT_MIRROR", "").rstrip("/")
     mirrored = f"{mirror}/{host_and_path(url)}"
+    if os.path.isfile(mirrored):
+        return shutil.copyfile(mirrored, part)
     if "://" in mirror:
         try:
             return fetch(mirrored, part)
         except UserError as error:
             print(f"mirror: {error}", file=sys.stderr)
-    elif mirror and os.path.isfile(mirrored):
-        return shutil.copyfile(mirrored, part)
-    return fetch(url, part)
+    fetch(url, part)
 
 
 def fetch(url, part):
-    """Append to part what it lacks of url, and try again where the connection breaks. Raises UserError."""
+    """Append to part what it lacks of url, in five tries, because connections break. Raises UserError."""
     import requests
 
-    failures = 0
-    longest = 0  # bytes that part has held
-    while True:
+    for seconds in range(5):
+        time.sleep(seconds)  # not at all before the first try
         try:
             return fetch_once(url, part)
         except requests.RequestException as error:
-            reason = f"{error!r:.99}"
-        # A transfer that gets further is worth another try, however often it breaks.
-        if file_size(part) > longest:
-            longest = file_size(part)
-            failures = 0
-        failures += 1
-        if failures == 4:
-            raise UserError(
-                f"cannot download {url} ({reason}); put it as <host>/<path> into the folder that "
-                "PLAINGPT_MIRROR names, or take the embedded corpus: python prepare.py pydocs"
-            )
-        time.sleep(2**failures / 2)  # 1, 2 and 4 seconds
+            reason = error
+    raise UserError(
+        f"cannot download {url} ({reason}); put it as <host>/<path> into the folder that "
+        "PLAINGPT_MIRROR names, or take the embedded corpus: python prepare.py pydocs"
+    )
 
 
 def fetch_once(url, part):
@@ -191,11 +184,10 @@ def fetch_once(url, part):
     Raises requests.RequestException, or UserError where asking again would not help.
     """
     import requests
-    from tqdm import tqdm
 
     headers = {"Accept-Encoding": "identity"}  # compressed on the way, a range would count other bytes
     if part.exists():
-        headers["Range"] = f"bytes={file_size(part)}-"
+        headers["Range"] = f"bytes={part.stat().st_size}-"
     # Seconds to connect, and to wait for the next bytes: a large file may take hours altogether.
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
         status = response.status_code
@@ -207,38 +199,27 @@ def fetch_once(url, part):
             # The same question would have the same answer.
             raise UserError(f"{url}: the server answers {status} {response.reason}")
         response.raise_for_status()
-        have = file_size(part)
         # A server that streams does not say how much is to come: then only the checksum can tell.
-        size = have + int(response.headers.get("Content-Length", 0))
-        bar = tqdm(desc=part.stem, initial=have, total=size, unit="B", unit_scale=True)
-        with bar, open(part, "ab") as file:
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if file_size(part) < size:
-        raise requests.ConnectionError(f"ended after {file_size(part)} of {size} bytes")
+        left = int(response.headers.get("Content-Length", 0))
+        with open(part, "ab") as file, tqdm.wrapattr(file, "write", left, desc=part.stem) as watched:
+            for chunk in response.iter_content(65536):
+                watched.write(chunk)
 
 
-def cached(url: str, sha256: str | None = None) -> Path:
+def cached(url, sha256=None):
     """The path of a downloaded file, fetched the first time. Raises UserError."""
-    path = Path("data", ".cache", host_and_path(url))
+    path = Path("data/.cache", host_and_path(url))
     download(url, path, sha256)
     return path
 
 
 def host_and_path(url):
-    address = urlsplit(url)
-    return address.netloc + address.path
+    return url.split("://")[1]
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_size(path):
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
 
 
 # -- tokenizers ----------------------------------------------------------------------------------------------
@@ -260,7 +241,7 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """The token IDs as uint16, (number of IDs,). Several threads call it at the same time."""
-        return np.array(self.encode(text), dtype="<u2")
+        return np.array(self.encode(text), "<u2")
 
 
 class CharTokenizer(Tokenizer):
@@ -271,13 +252,13 @@ class CharTokenizer(Tokenizer):
     # Stands for <|endoftext|> while a text is encoded: half a surrogate pair, which no UTF-8 can hold.
     END = "\udfff"
 
-    def __init__(self, chars: list[str]):
+    def __init__(self, chars):
         self.meta = {"type": "char", "chars": chars}
         self.chars = chars
         self.vocab_size = len(chars)
         self.end_of_text = None
         # (number of code points,): the ID of each, or -1. With it, NumPy looks up a whole text in one call.
-        self.table = np.full(sys.maxunicode + 1, -1, dtype=np.int32)
+        self.table = np.full(sys.maxunicode + 1, -1, np.int32)
         for i, char in enumerate(chars):
             if char == END_OF_TEXT:
                 self.end_of_text = i
@@ -288,16 +269,15 @@ class CharTokenizer(Tokenizer):
     def from_entries(cls, entries, several):
         return cls(sorted(entries) + [END_OF_TEXT] * several)
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text):
         """The token IDs as uint16. Raises UserError, which names the first character that has none."""
         if self.end_of_text is not None:
             text = text.replace(END_OF_TEXT, self.END)
         # UTF-32 is the code points themselves, 4 bytes each.
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")  # (characters,)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")  # (characters,)
         ids = self.table[codes]  # (characters,)
-        unknown = np.flatnonzero(ids < 0)
-        if len(unknown) > 0:
-            char = text[unknown[0]]
+        if ids.min(initial=0) < 0:
+            char = text[ids.argmin()]
             raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
         return ids.astype("<u2")
 
@@ -320,7 +300,7 @@ class WordTokenizer(Tokenizer):
     words = re.compile(r"""--|[,.?_!"()']|(?:[^\s,.?_!"()'-]+|-(?!-))+""").findall
     entries = words
 
-    def __init__(self, vocab: list[str]):
+    def __init__(self, vocab):
         self.meta = {"type": "word", "vocab": vocab}
         self.vocab = vocab
         self.vocab_size = len(vocab)
@@ -366,7 +346,7 @@ class GPT2Tokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text, allowed_special="all")
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text):
         # Without Python's lists, which need the interpreter's lock, so that threads work side by side.
         return self.bpe.encode_to_numpy(text, allowed_special="all").astype("<u2")
 
@@ -378,15 +358,13 @@ class GPT2Tokenizer(Tokenizer):
 TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer}
 
 
-def load_tokenizer(meta: dict[str, Any]) -> Tokenizer:
+def load_tokenizer(meta: dict) -> Tokenizer:
     """The tokenizer that a meta.json describes. Raises UserError."""
     try:
-        arguments = dict(meta["tokenizer"])  # a copy: meta is the caller's
+        arguments = {**meta["tokenizer"]}  # a copy: meta is the caller's
         tokenizer_class = TOKENIZERS[arguments.pop("type")]
         return tokenizer_class(**arguments)
-    except UserError:  # its files could not be downloaded
-        raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"the tokenizer's description is damaged or unknown: {error!r:.99}") from None
 
 
@@ -435,27 +413,26 @@ def unpacked(path):
 def open_text(path, errors):
     """A text file, unpacked, to be read as str inside the with block. Raises UserError, there too."""
     open_file = open
-    damages = ()  # what reading raises where the file is damaged
+    damages = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading raises where an archive is damaged
     if path.suffix == ".gz":
         open_file = gzip.open
-        damages = (EOFError, gzip.BadGzipFile, zlib.error)
     elif path.suffix == ".zst":
         zstd = import_zstd(path)
         open_file = zstd.open
         damages = (EOFError, zstd.ZstdError)
-    # Truncated and damaged archives raise while they are read, so the try goes round all that reads it.
-    with open_file(path, "rb") as file:
+    # -sig drops a byte order mark. newline: a line ends at "\n" alone, and "\r" stays as it is.
+    with open_file(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n") as file:
+        # Damage shows only while the file is read, so the try goes round all that reads it.
         try:
-            # -sig drops a byte order mark. newline: a line ends at "\n" alone, and "\r" stays as it is.
-            yield io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="\n")
+            yield file
         except damages as error:
             raise UserError(f"{path} is damaged: {error}") from None
         except UnicodeDecodeError as error:
             # error.object is the bytes that were being decoded: the last that have been read.
-            at = file.tell() - len(error.object) + error.start
-            byte = error.object[error.start]
-            message = f"{path} is not UTF-8: byte {at} is {byte:#x}; --errors=replace goes on"
-            raise UserError(message) from None
+            at = file.buffer.tell() - len(error.object) + error.start
+            raise UserError(
+                f"{path} is not UTF-8: byte {at} is {error.object[error.start]:#x}; --errors=replace goes on"
+            ) from None
 
 
 def import_zstd(path):
@@ -465,8 +442,8 @@ def import_zstd(path):
     except ImportError:
         try:
             from backports import zstd
-        except ImportError as error:
-            raise UserError(f"{path}: {error}; pip install backports.zstd, or unpack the file") from None
+        except ImportError:
+            raise UserError(f"{path} needs pip install backports.zstd; or unpack it") from None
     return zstd
 
 
@@ -474,7 +451,7 @@ def import_zstd(path):
 class TextFiles:
     """The documents of files, as often as they are asked for. Raises UserError."""
 
-    files: list[Path]
+    files: list
     errors: str = "strict"
     text_key: str = "text"
 
@@ -495,52 +472,59 @@ class TextFiles:
         """A document of each line, an object that has it under text_key; blank lines are passed over."""
         with open_text(path, self.errors) as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
+                if line.isspace():
                     continue
                 # Whatever is wrong with a line, its number helps most.
                 try:
                     text = json.loads(line)[self.text_key]
                     # JSON can spell half a surrogate pair, which is no text: refused, or replaced.
                     yield [text.encode("utf-8", self.errors).decode()]
-                except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-                    message = f"{path}, line {number}: no JSON object with a text under {self.text_key!r}"
-                    raise UserError(f"{message}, or name its --text_key ({error!r:.99})") from None
+                except Exception as error:
+                    raise UserError(
+                        f"{path}, line {number}: no JSON object with a text under {self.text_key!r}, "
+                        f"or name its --text_key ({error!r:.99})"
+                    ) from None
 
 
 def find_text_files(paths):
-    """The files, and the text files of the folders, in sorted order; how many others the folders hold.
+    """The files, and the text files of the folders, in sorted order; says how many others the folders hold.
 
     Raises UserError where a path does not exist, or where there is no text file.
     """
     text_files = []
     skipped = 0
-    for path in paths:
-        if os.path.isdir(path):
+    for path in map(Path, paths):
+        if path.is_file():
+            text_files.append(path)  # asked for by name, so it is text
+        elif path.is_dir():
             # Sorted, so that the same folder gives the same dataset on every system.
-            files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
-            found = [file for file in files if is_text(file)]
-            text_files += found
-            skipped += len(files) - len(found)
-        elif os.path.exists(path):
-            text_files.append(Path(path))  # asked for by name, so it is text
+            for file in filter(Path.is_file, sorted(path.rglob("*"))):
+                if is_text(file):
+                    text_files.append(file)
+                else:
+                    skipped += 1
         else:
-            near = difflib.get_close_matches(path, NAMES, n=1)
+            near = difflib.get_close_matches(str(path), NAMES)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{path} is neither a file nor a folder nor one of {', '.join(NAMES)}{hint}")
     if not text_files:
-        raise UserError(f"no text file ({' '.join(SUFFIXES)}) in {' '.join(paths)}")
-    return text_files, skipped
+        raise UserError(
+            f"no text file in {', '.join(paths)}; a file that you name yourself is taken as it is"
+        )
+    if skipped:
+        print(f"{skipped} files are not text")
+    return text_files
 
 
 def is_text(path):
     """Whether a file of a folder is named as text is, and does not begin as binary data or UTF-16 does."""
     if unpacked(path).suffix.lower() not in SUFFIXES:
         return False
-    with open_text(path, errors="replace") as file:
+    with open_text(path, "replace") as file:
         return "\0" not in file.read(4096)  # UTF-16 has one for each letter of English
 
 
-def pydocs() -> str:
+def pydocs():
     """The reference of the Python language, which every CPython has for help(): half a million characters."""
     from pydoc_data.topics import topics
 
@@ -557,33 +541,21 @@ def pydocs() -> str:
 # First reading: a character tokenizer needs all characters, a split needs to know where nine tenths are.
 
 
-def count_text(name, documents, tokenizer_class):
-    """How many documents and characters there are, and what a vocabulary needs. Raises UserError."""
-    from tqdm import tqdm
-
+def count_text(documents, entries_of):
+    """How many documents and characters there are, and the set of all that entries_of finds in them."""
     count = 0
     characters = 0
-    blank = True  # white space alone is no text
     entries = set()
-    for document in tqdm(documents, desc="counting", unit=" documents", leave=False, disable=None):
+    for document in tqdm(documents, "documents", disable=None):
         count += 1
         for piece in document:
             characters += len(piece)
-            blank = blank and not piece.strip()
-            if tokenizer_class.entries:
-                entries.update(tokenizer_class.entries(piece))
-                check_vocab_size(name, len(entries))  # the rest of the text would not help
-    if blank:
-        raise UserError(f"there is no text to make data/{name} of")
+            if entries_of:
+                entries.update(entries_of(piece))
     return count, characters, entries
 
 
-def check_vocab_size(name, vocab_size):
-    if vocab_size > MAX_VOCAB:
-        raise UserError(f"{name}: the vocabulary entries are over {MAX_VOCAB}; try --tokenizer=gpt2")
-
-
-def validates(i: int, count: int, val_fraction: float) -> bool:
+def validates(i, count, val_fraction):
     """Whether document i of count validates: the last of every 1 / val_fraction does, and one at least."""
     if int(count * val_fraction) == 0:
         return i == count - 1
@@ -637,12 +609,12 @@ def encode_batches(batches, tokenizer):
         return [(split, tokenizer.encode_array(text)) for split, text in batch]
 
     # Threads suffice, without processes: tiktoken and NumPy work outside of Python's lock.
-    under_way = deque()
+    under_way = []
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in batches:
             under_way.append(pool.submit(encode_batch, batch))
             if len(under_way) > 2 * THREADS:
-                yield from under_way.popleft().result()
+                yield from under_way.pop(0).result()
         for encoded in under_way:
             yield from encoded.result()
 
@@ -654,17 +626,17 @@ DATASET_FILES = {"train.bin", "val.bin", "meta.json", "ckpt.pt"}
 
 
 @contextmanager
-def new_folder(name):
+def new_folder(name, meta):
     """A folder to fill, which becomes data/<name>/ when all is done; until then that is the old one, or none.
 
+    meta: what its meta.json is to hold; it may be completed while the folder is filled
     Raises UserError where data/<name>/ holds anything that is not ours.
     """
-    data = Path("data")
-    folder = data / name
-    new = data / f".{name}.new"
-    old = data / f".{name}.old"
+    folder = Path("data", name)
+    new = Path(f"data/.{name}.new")
+    old = Path(f"data/.{name}.old")
     if folder.exists():
-        found = {path.name for path in folder.iterdir()}
+        found = set(os.listdir(folder))
         # What we write has a meta.json: a train.bin alone is another program's. An empty folder is nobody's.
         if found and not {"meta.json"} <= found <= DATASET_FILES:
             raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
@@ -673,6 +645,7 @@ def new_folder(name):
     new.mkdir(parents=True)
     try:
         yield new
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
         # A folder cannot be renamed to one that holds files, so the old one makes room first.
         if folder.exists():
             print(f"{folder} is replaced", file=sys.stderr)
@@ -684,7 +657,7 @@ def new_folder(name):
 
 
 def write_bins(name, ids, tokenizer, sources):
-    """Write data/<name>/; returns what meta.json holds. Raises UserError.
+    """Write data/<name>/, say how it is split, and return how many token IDs it holds. Raises UserError.
 
     ids: ("train" or "val", array of uint16 token IDs), in order
     tokenizer: has meta and vocab_size
@@ -695,121 +668,111 @@ def write_bins(name, ids, tokenizer, sources):
         "tokenizer": tokenizer.meta,
         "vocab_size": tokenizer.vocab_size,
         "dtype": "uint16",
+        "sources": sources,
     }
-    with new_folder(name) as folder:
+    with new_folder(name, meta) as folder:
         with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
             files = {"train": train, "val": val}
             for split, part in ids:
                 files[split].write(part)
-        # train.py draws windows of both, so neither may be empty.
-        for split in files:
-            tokens = file_size(folder / f"{split}.bin") // 2
-            if tokens == 0:
-                hint = "give more text or another --val_fraction"
-                raise UserError(f"{name}: nothing is left for {split}.bin; {hint}")
-            meta[f"{split}_tokens"] = tokens
-        # The list of sources may be long, so it is the last to read.
-        meta["sources"] = sources
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return meta
+            train_tokens = train.tell() // 2
+            val_tokens = val.tell() // 2
+        # train.py draws windows of both.
+        if 0 in (train_tokens, val_tokens):
+            raise UserError(
+                f"{name}: train.bin or val.bin would be empty; give more text or another --val_fraction"
+            )
+        meta.update(train_tokens=train_tokens, val_tokens=val_tokens)
+
+    tokens = train_tokens + val_tokens
+    print(
+        f"data/{name}: {train_tokens:,} train ({train_tokens / tokens:.1%}) and "
+        f"{val_tokens:,} validation tokens ({val_tokens / tokens:.1%})"
+    )
+    return tokens
 
 
-def write_dataset(
-    name: str,
-    documents: Iterable[Iterable[str]],
-    sources: list[dict[str, str]],
-    kind: str,
-    val_fraction: float = 0.1,
-) -> dict[str, Any]:
+def write_dataset(name, documents, sources, kind, val_fraction=0.1):
     """Tokenize documents, read twice, into data/<name>/, whole or absent at any time. Raises UserError.
 
     kind: a name in TOKENIZERS
     sources: as in write_bins
-    Returns what meta.json holds, and how many documents and characters there were.
     """
-    from tqdm import tqdm
-
     tokenizer_class = TOKENIZERS[kind]
     if tokenizer_class.entries is None:
         tokenizer = tokenizer_class()  # before the text is read, for it may fail to download its files
-    count, characters, entries = count_text(name, documents, tokenizer_class)
+    count, characters, entries = count_text(documents, tokenizer_class.entries)
+    if characters == 0:
+        raise UserError(f"there is no text to make data/{name} of")
     if tokenizer_class.entries:
         tokenizer = tokenizer_class.from_entries(entries, count > 1)
-    check_vocab_size(name, tokenizer.vocab_size)
+    if tokenizer.vocab_size > MAX_VOCAB:
+        raise UserError(f"a vocabulary of over {MAX_VOCAB} entries; try --tokenizer=gpt2")
     # All of these are generators: nothing is read before write_bins asks for it.
     texts = split_documents(documents, count, characters, val_fraction)
-    progress = tqdm(
-        batches(texts),
-        desc="tokenizing",
-        total=characters // PIECE + 1,
-        unit="M chars",
-        leave=False,
-        disable=None,  # only on a terminal
-    )
-    meta = write_bins(name, encode_batches(progress, tokenizer), tokenizer, sources)
-    return meta | {"documents": count, "characters": characters}
+    # disable=None: a bar on a terminal alone.
+    progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
+    tokens = write_bins(name, encode_batches(progress, tokenizer), tokenizer, sources)
+    print(f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token")
 
 
 def prepare_fineweb(name, shards):
-    """FineWeb's first shards of 100M GPT-2 IDs, and one to validate, into data/<name>/. Raises UserError.
-
-    Returns what meta.json holds.
-    """
-    urls = {FINEWEB_URL.format("train", i + 1): "train" for i in range(shards)}
-    urls[FINEWEB_URL.format("val", 0)] = "val"
+    """FineWeb's first shards of 100M GPT-2 IDs, and one to validate, into data/<name>/. Raises UserError."""
     sources = []
     ids = []
-    for url, split in urls.items():
+    for i in [*range(1, shards + 1), 0]:
+        split = "train" if i else "val"
+        url = FINEWEB_URL.format(split, i)
         path = cached(url)
-        tokens = (file_size(path) - FINEWEB_HEADER) / 2
-        if tokens <= 0 or np.fromfile(path, "<i4", 3).tolist() != [FINEWEB_MAGIC, 1, tokens]:
+        tokens = (path.stat().st_size - FINEWEB_HEADER) / 2
+        if np.fromfile(path, "<i4", 3).tolist() != [FINEWEB_MAGIC, 1, tokens]:
             path.unlink()  # the next run downloads it again
             raise UserError(f"{url} came as something else than a shard of token IDs; run it again")
         sources.append({"url": url, "sha256": file_sha256(path)})
         # On the disk until it is written: a hundred shards would not fit into memory.
         ids.append((split, np.memmap(path, "<u2", "r", FINEWEB_HEADER)))
-    return write_bins(name, ids, GPT2Tokenizer, sources)
+    write_bins(name, ids, GPT2Tokenizer, sources)
 
 
 # -- OpenAI's weights ----------------------------------------------------------------------------------------
 
 
-def prepare_gpt2(name):
-    """OpenAI's checkpoint of a size of GPT-2 -> data/<name>/ckpt.pt and meta.json; returns what to say of it.
+def prepare_gpt2(name, size):
+    """OpenAI's checkpoint -> data/<name>/ckpt.pt and meta.json. size: OpenAI's name of it, such as 124M.
 
     Raises UserError, and OSError where the disk is full.
     """
     path = Path("data", name, "ckpt.pt")
     if path.exists():
-        return f"{path} is there already"
+        print(f"{path} is there already")
+        return
     import torch
 
     # TensorFlow wants all files of a checkpoint in one folder.
-    cache = Path("data", ".cache", f"gpt2-{GPT2_SIZES[name]}")
+    cache = Path(f"data/.cache/gpt2-{size}")
     sources = []
     for file in GPT2_FILES.split():
-        url = f"{GPT2_URL}/{GPT2_SIZES[name]}/{file}"
+        url = f"{GPT2_URL}/{size}/{file}"
         download(url, cache / file)
         sources.append({"url": url, "sha256": file_sha256(cache / file)})
-    checkpoint = read_gpt2(cache)
+    weights, model_args = read_gpt2(cache)
     meta = {
         "dataset": name,
         "tokenizer": GPT2Tokenizer.meta,
-        "vocab_size": checkpoint["model_args"]["vocab_size"],
+        "vocab_size": model_args["vocab_size"],
         "sources": sources,
     }
-    with new_folder(name) as folder:
+    with new_folder(name, meta) as folder:
         try:
-            torch.save(checkpoint | {"meta": meta}, folder / "ckpt.pt")
-        except RuntimeError as error:  # torch's only error for a full disk
-            raise OSError(f"cannot write {path}; is the disk full? {error!r:.99}") from None
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
+        except RuntimeError:  # torch's only error for a full disk
+            raise OSError(f"cannot write {path}") from None
     shutil.rmtree(cache)  # as large again, and no longer needed
-    return f"{path}: --init_from={name} takes it"
+    print(f"{path}: --init_from={name} takes it")
 
 
-def read_gpt2(folder: Path) -> dict[str, Any]:
-    """model and model_args of a GPT-2 that TensorFlow saved, read tensor by tensor. Raises UserError."""
+def read_gpt2(folder):
+    """The weights of a GPT-2 that TensorFlow saved, by our names, and its model_args. Raises UserError."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow prints a lot
     try:
         import tensorflow as tf
@@ -819,51 +782,42 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
 
     from model import GPT, GPTConfig
 
+    weights = {}
     try:
-        hparams = json.loads((folder / "hparams.json").read_text())
-        model_args = {ours: hparams[theirs] for ours, theirs in GPT2_HPARAMS.items()}
+        # n_layer, n_head and n_embd have the same names.
+        model_args = json.loads((folder / "hparams.json").read_text())
+        model_args["block_size"] = model_args.pop("n_ctx")
+        model_args["vocab_size"] = model_args.pop("n_vocab")
         with torch.device("meta"):  # names and shapes, no memory
-            state = GPT(GPTConfig(**model_args)).state_dict()
-        del state["lm_head.weight"]  # GPT-2 ties it to the token embedding
+            model = GPT(GPTConfig(**model_args))
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
+        shapes = reader.get_variable_to_shape_map()
         # One at a time, so that the largest size needs its memory once.
-        weights = {key: read_tensor(reader, key, list(ours.shape)) for key, ours in state.items()}
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
-    except (IndexError, KeyError, TypeError, ValueError, tf.errors.OpError) as error:
-        raise UserError(f"{folder} is no GPT-2, or damaged; delete it and try again: {error!r:.99}") from None
-    # What we did not ask for would be missing from our model.
-    others = reader.get_variable_to_shape_map().keys() - map(openai_name, state)
-    if others:
-        raise UserError(f"{folder}: tensors that GPT-2 does not have: {', '.join(sorted(others))[:200]}")
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return {"model": weights, "model_args": model_args}
+        for key, ours in model.named_parameters():
+            name = key
+            for old, new in GPT2_RENAMES.items():
+                name = name.replace(old, new)
+            shape = list(ours.shape)
+            is_matrix = name.endswith("/w")
+            if is_matrix:
+                shape = [1, *reversed(shape)]  # a kernel of a convolution of width 1: (1, in, out)
+            found = shapes.pop(name, None)
+            if found != shape:
+                raise ValueError(f"the tensor {name} has the shape {found}, not {tuple(shape)}")
+            tensor = torch.from_numpy(reader.get_tensor(name))
+            if is_matrix:
+                tensor = tensor[0].T.contiguous()  # (1, in, out) -> (out, in)
+            weights[key] = tensor
+        # What we did not ask for would be missing from our model.
+        if shapes:
+            raise ValueError(f"GPT-2 does not have {', '.join(shapes)}")
+    except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:
+        raise UserError(f"{folder} is no GPT-2, or damaged; delete it and try again: {error}") from None
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # GPT-2 ties the two
+    return weights, model_args
 
 
-def read_tensor(reader, key, shape):
-    """The tensor that OpenAI's checkpoint has for a weight of ours, in our shape. Raises UserError."""
-    import torch
-
-    name = openai_name(key)
-    is_matrix = name.endswith("/w")
-    if is_matrix:
-        shape = [1, *reversed(shape)]  # theirs are the kernels of convolutions of width 1: (1, in, out)
-    found = reader.get_variable_to_shape_map().get(name)
-    if found != shape:
-        raise UserError(f"the tensor {name} has the shape {found}, not {tuple(shape)}")
-    tensor = torch.from_numpy(reader.get_tensor(name))
-    return tensor[0].T.contiguous() if is_matrix else tensor  # (1, in, out) -> (out, in)
-
-
-def openai_name(key):
-    """OpenAI's name of a weight: transformer.h.0.attn.c_attn.weight is model/h0/attn/c_attn/w."""
-    name = key.replace("transformer.", "model/").replace("h.", "h", 1).replace(".", "/")
-    name = re.sub("(wte|wpe)/weight", r"\1", name)  # the embeddings: model/wte
-    name = re.sub(r"(ln_\w)/weight", r"\1/g", name)  # a LayerNorm's gain: model/ln_f/g
-    return name.replace("/weight", "/w").replace("/bias", "/b")
-
-
-def weights_path(init_from: str) -> str:
+def weights_path(init_from):
     """The checkpoint that init_from names: GPT-2's weights, or a path as it is. Raises UserError."""
     if init_from not in GPT2_SIZES:
         return init_from
@@ -878,12 +832,11 @@ def weights_path(init_from: str) -> str:
 
 def dataset_name(args):
     """The folder in data/: --name, or that of the corpus or the first file. Raises UserError."""
-    first = Path(args.what[0])
-    stem = unpacked(first).resolve().stem
+    stem = unpacked(Path(args.what[0])).resolve().stem
     # What a shell or a URL would trip over becomes "_".
-    name = args.name or re.sub(r"[^\w.-]+", "_", stem).lstrip(".")
+    name = args.name or re.sub(r"[^\w.-]+", "_", stem)
     # train.py --dataset=verdict is to mean the corpus, not somebody's verdict.txt.
-    if name in NAMES and args.what != [name] and first.exists():
+    if name in NAMES and args.what != [name]:
         raise UserError(f"{name} is the name of a corpus; choose another --name for your own text")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"--name={name} is no folder name: letters, digits, '_', '-' and '.' only")
@@ -891,67 +844,48 @@ def dataset_name(args):
 
 
 def prepare(args):
-    """Do what the command line asks for; returns what to say of it. Raises UserError."""
+    """Do what the command line asks for, and say what was done. Raises UserError."""
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
-    for path in args.what:
-        if path in NAMES and len(args.what) > 1:
-            raise UserError(f"one corpus at a time: python prepare.py {path}")
-    name = dataset_name(args)
+    what = args.what[0]
+    if len(args.what) > 1 and set(args.what) & set(NAMES):
+        raise UserError("one corpus at a time, and no files beside it")
     # Weights, not text.
-    for gpt2, size in GPT2_SIZES.items():
-        if args.what in ([gpt2], [size]):
-            return prepare_gpt2(gpt2)
+    for name, size in GPT2_SIZES.items():
+        if what in (name, size):
+            return prepare_gpt2(name, size)
 
     # Token IDs, not text: there is nothing to tokenize.
-    kind, file = CORPORA.get(args.what[0], ("char", None))
+    name = dataset_name(args)
+    kind, file = CORPORA.get(what, ("char", None))
     kind = args.tokenizer or kind
-    if args.what == ["fineweb"]:
+    if what == "fineweb":
         if args.shards < 1 or kind != "gpt2":
             raise UserError("fineweb comes as GPT-2 token IDs, in one shard or more: see --help")
-        return describe_split(prepare_fineweb(name, args.shards))
+        return prepare_fineweb(name, args.shards)
 
     # Text: what its documents are, and where they are from.
-    skipped = 0
-    if args.what == ["pydocs"]:
+    if what == "pydocs":
         text = pydocs()
         documents = [[text]]
-        path = f"pydoc_data.topics of Python {sys.version.split()[0]}"
-        sources = [{"path": path, "sha256": hashlib.sha256(text.encode()).hexdigest()}]
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        sources = [{"path": f"pydoc_data.topics of Python {sys.version.split()[0]}", "sha256": sha256}]
     elif file:
         url, sha256 = file
         documents = TextFiles([cached(url, sha256)])
         sources = [{"url": url, "sha256": sha256}]
     else:
-        files, skipped = find_text_files(args.what)
+        files = find_text_files(args.what)
         documents = TextFiles(files, args.errors, args.text_key)
         sources = [{"path": str(path), "sha256": file_sha256(path)} for path in files]
-    meta = write_dataset(name, documents, sources, kind, args.val_fraction)
-
-    characters = meta["characters"]
-    each = characters / (meta["train_tokens"] + meta["val_tokens"])
-    text = f"{meta['documents']:,} documents, {characters:,} characters, {each:.2f} a token"
-    if skipped:
-        text += f"; {skipped:,} files are not text"
-    return f"{text}\n{describe_split(meta)}"
+    write_dataset(name, documents, sources, kind, args.val_fraction)
 
 
-def describe_split(meta):
-    """How many tokens train and validate, of what meta.json holds."""
-    train = meta["train_tokens"]
-    val = meta["val_tokens"]
-    share = train / (train + val)
-    return (
-        f"data/{meta['dataset']}: {train:,} train ({share:.1%}) and {val:,} validation tokens "
-        f"({1 - share:.1%}), {meta['vocab_size']:,} in the vocabulary"
-    )
-
-
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"NAME: {', '.join(NAMES)}")
     add = parser.add_argument
     add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files")
-    add("--tokenizer", choices=list(TOKENIZERS), help="default: the corpus's own; char for yours")
+    add("--tokenizer", choices=TOKENIZERS, help="default: the corpus's own; char for yours")
     add("--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)")
     add("--name", help="the folder in data/; default: the corpus's or the first file's name")
     add("--shards", type=int, default=1, help="of fineweb, 100M tokens each (%(default)s)")
@@ -959,15 +893,13 @@ def main() -> None:
     add("--errors", choices=["strict", "replace"], default="strict", help="where text is not UTF-8")
     # Every mistake travels to here, and ends in one line and an exit status of 1.
     try:
-        print(prepare(parser.parse_args()))
+        prepare(parser.parse_args())
     except UserError as error:
         sys.exit(f"prepare.py: {error}")
     except OSError as error:
-        # Quota and file size limits are full disks to whoever meets them.
-        hint = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "; make room and run it again, nothing half-done is left"
-        sys.exit(f"prepare.py: {error}{hint}")
+        sys.exit(
+            f"prepare.py: {error}; nothing half-done is left. Is the disk full? Then make room, and run it again"
+        )
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted; nothing half-done is left, run it again")
 
