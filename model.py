@@ -10,9 +10,9 @@ S the tokens that a key/value cache has room for.
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -109,19 +109,19 @@ class Embedding(nn.Embedding):
 
 
 def rope_angles(positions, head_size):
-    """Cosine and sine, each (T, 1, D / 2), of the angles at positions (T,). Su et al. 2021, section 3.2.2."""
+    """Cosine and sine, each (T, D / 2), of the angles at positions (T,). Su et al. 2021, section 3.2.2."""
     pairs = torch.arange(0, head_size, 2, device=positions.device)
     frequencies = 10000 ** (-pairs / head_size)  # (D / 2,): fast for the first pair, slow for the last
-    angles = positions[:, None, None] * frequencies  # (T, 1, D / 2): the same for all heads
+    angles = positions[:, None] * frequencies  # (T, D / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[..., i], x[..., i + D / 2]) of x (B, T, H, D) by the angle of its position.
+    """Turn each pair (x[..., i], x[..., i + D / 2]) of x (B, H, T, D) by the angle of its position.
 
     Positions then enter the product of a query and a key only by the distance between the two.
     """
-    a, b = x.chunk(2, dim=-1)  # each (B, T, H, D / 2)
+    a, b = x.chunk(2, dim=-1)  # each (B, H, T, D / 2)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
@@ -174,13 +174,12 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, C); angles: rotary ones of the T positions; cache: a KVCache. Returns (B, T, C)."""
         B, T, C = x.shape
         H, D = self.config.n_head, self.config.head_size
-        q, k, v = self.c_attn(x).view(B, T, 3, H, D).unbind(2)  # each (B, T, H, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), eps=1e-6).type_as(v)
             k = F.rms_norm(k, (D,), eps=1e-6).type_as(v)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, H, T, D)
 
         mask = None  # stands for the causal mask: each token looks at itself and those before it; S is T
         if cache is not None:
@@ -284,10 +283,7 @@ class GPT(nn.Module):
         if idx.size(1) > self.config.block_size:
             raise ModelError(f"{idx.size(1)} tokens are more than block_size={self.config.block_size}")
         positions = torch.arange(idx.size(1), device=idx.device)  # (T,)
-        x, angles = self.embed(idx, positions)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x, angles)
-        x = self.transformer.ln_f(x)
+        x = self.hidden_states(idx, positions)  # (B, T, C)
         if targets is None and not all_logits:
             x = x[:, -1:]  # generation needs the last position alone: (B, 1, C)
         logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
@@ -297,14 +293,17 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return (logits if all_logits else None), loss
 
-    def embed(self, idx, positions):
-        """What the blocks begin with: vectors (B, T, C), and rotary angles, None with learned positions."""
+    def hidden_states(self, idx, positions, cache=None):
+        """What the output layer gets, (B, T, C): the tokens idx (B, T) at positions (T,) after all blocks."""
         x, angles = self.transformer.wte(idx), None
         if self.config.position == "rope":
             angles = rope_angles(positions, self.config.head_size)
         else:
             x = x + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
-        return self.transformer.drop(x), angles
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, angles, cache)
+        return self.transformer.ln_f(x)
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Count of parameters. non_embedding leaves out embeddings that are not the output layer too."""
@@ -338,33 +337,40 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         stop: int | None = None,
         vocab_size: int | None = None,
+        slide: int = 1,
     ) -> Iterator[Tensor]:
         """Continue idx (B, T0), T0 >= 1, and yield each new token as (B, 1) int64. Call eval() first.
 
         temperature, top_k, top_p: as in next_token_probs. generator: of the draws; None takes torch's own.
         stop: the token ID that ends a sequence, which then repeats it until all have ended. vocab_size: IDs
-        from here on are padding and never sampled. The context is the last block_size tokens.
-        Raises ValueError where T0 is 0.
+        from here on are padding and never sampled. slide: by how many tokens a full context moves on at once.
+        With 1 each token sees exactly the block_size before it, and the cache is computed anew for each; with
+        more that is done every slide tokens alone.
+        Raises ModelError where an argument makes no sense.
         """
-        if idx.size(1) == 0:
-            raise ValueError("the prompt has no token to continue")
         block_size = self.config.block_size
+        check_sampling(temperature, top_k, top_p)
+        if idx.numel() == 0 or not 1 <= slide <= block_size:
+            raise ModelError(
+                "generation needs a prompt of at least one token, and slide from 1 to block_size"
+            )
         # the step is compiled for one S, the largest
         cache_size = block_size if self.compiled_step else min(block_size, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
+        cached = 0  # how many of the tokens idx are in the cache
         ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        new, cached = idx, 0  # what is not in the cache yet, at first the prompt; how many tokens are
         for _ in range(max_new_tokens):
-            if idx.size(1) <= block_size:
-                cache.extend(torch.arange(cached, idx.size(1), device=idx.device))
-                step = self.next_logits
-                if cached > 0 and self.compiled_step:
-                    step = self.compiled_step
-                logits = step(new, cache)  # (B, V)
-                cached = idx.size(1)
-            else:  # the window moves on, and with it the position of each token: the cache is of no more use
-                idx = idx[:, -block_size:]
-                logits = self(idx)[0][:, -1]  # (B, V)
+            if idx.size(1) > block_size:
+                # the context moves on, and with it the position of each token: nothing cached is of use
+                idx = idx[:, slide - 1 - block_size :]
+                cached = 0
+            cache.extend(torch.arange(cached, idx.size(1), device=idx.device))
+            step = self.next_logits
+            if cached > 0 and self.compiled_step:
+                step = self.compiled_step
+            # contiguous, so that the layout of what is compiled never changes
+            logits = step(idx[:, cached:].contiguous(), cache)  # (B, V)
+            cached = idx.size(1)
             probs = next_token_probs(logits[:, :vocab_size], temperature, top_k, top_p)  # (B, V)
             new = draw(probs, generator)  # (B, 1)
             if stop is not None:
@@ -381,12 +387,9 @@ class GPT(nn.Module):
         return torch.cat((idx, *self.generate_stream(idx, max_new_tokens, *sampling, **options)), dim=1)
 
     def next_logits(self, idx, cache):
-        """forward for the tokens idx (B, T) by which the cache was extended: logits (B, V) after the last."""
-        x, angles = self.embed(idx, cache.new_positions)
-        for block in self.transformer.h:
-            x = block(x, angles, cache)
-        x = self.transformer.ln_f(x[:, -1])  # (B, C)
-        return self.lm_head(x)
+        """Logits (B, V) after the tokens idx (B, T), by which the cache was extended just before."""
+        x = self.hidden_states(idx, cache.new_positions, cache)  # (B, T, C)
+        return self.lm_head(x[:, -1])
 
     # -- the model ends here; what follows trains and stores it ----------------------------------------------
 
@@ -395,15 +398,18 @@ class GPT(nn.Module):
 
         AdamW decays matrices and embeddings, but neither biases nor LayerNorms.
         """
-        for_muon = []
-        if muon_learning_rate is not None:
-            for_muon = [p for p in self.transformer.h.parameters() if p.dim() == 2]
-        taken = set(for_muon)
-        for_adamw = [p for p in self.parameters() if p not in taken]
+        matrices, vectors, for_muon = [], [], []
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                vectors.append(p)
+            elif muon_learning_rate is not None and name.startswith("transformer.h."):
+                for_muon.append(p)
+            else:
+                matrices.append(p)
         # decay pulls weights to zero; a bias or a LayerNorm scale has no reason to go there
         groups = [
-            {"params": [p for p in for_adamw if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in for_adamw if p.dim() < 2], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
         if for_muon:
@@ -420,10 +426,13 @@ class GPT(nn.Module):
         """
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
-        weights = dict(checkpoint["model"])
+        weights = {}
+        for name, tensor in checkpoint["model"].items():
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which are no weights
+                weights[name.removeprefix("_orig_mod.")] = tensor  # the prefix of a compiled model
         try:
             config = GPTConfig(**(checkpoint["model_args"] | changes))
-            if config.position == "learned":  # a smaller context drops the last positions
+            if config.position == "learned" and "block_size" in changes:  # drops the last positions
                 wpe = weights["transformer.wpe.weight"]
                 weights["transformer.wpe.weight"] = wpe[: config.block_size].clone()
             with torch.device("meta"):  # takes no memory and no random numbers
@@ -453,17 +462,26 @@ class GPT(nn.Module):
         settings = {name: values[0] for name, values in HF_SUPPORTED.items()}
         for ours, theirs in HF_NAMES.items():
             settings[theirs] = value_or(config[ours], config["dropout"])  # only a dropout can be None
-        activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
-        settings["activation_function"] = activations[config["activation"]]
+        settings["activation_function"] = OURS_SUPPORTED["activation"][config["activation"]]
         settings["architectures"] = ["GPT2LMHeadModel"]  # the class that from_pretrained takes
         settings["bos_token_id"] = settings["eos_token_id"] = 50256 if config["vocab_size"] > 50256 else None
         weights = {name: transposed(name, tensor) for name, tensor in self.state_dict().items()}
         if self.config.tie_weights:
             del weights["lm_head.weight"]
-        os.makedirs(folder, exist_ok=True)
-        save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-        with open(os.path.join(folder, "config.json"), "w") as file:
-            json.dump(settings, file, indent=2)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(settings, indent=2))
+
+
+def check_sampling(temperature, top_k=None, top_p=None):
+    """Raises ModelError where one of them makes no sense, NaN among them."""
+    sensible = temperature >= 0 and value_or(top_k, 1) >= 1 and 0 < value_or(top_p, 1) <= 1
+    if not sensible:
+        raise ModelError(
+            "temperature at least 0, top_k at least 1, top_p above 0 and at most 1 are needed, "
+            f"not {temperature=}, {top_k=}, {top_p=}"
+        )
 
 
 def next_token_probs(
@@ -473,19 +491,21 @@ def next_token_probs(
 
     In this order: logits divided by temperature, where 0 is greedy; the top_k largest kept; of those, the
     fewest most probable tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman et al.
-    2019).
+    2019). Raises ModelError where one of them makes no sense.
     """
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    # the largest becomes 0, so that nothing overflows, however small the temperature
-    logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature
+    # the largest becomes 0, so that nothing overflows; a temperature below what float32 holds would be 0
+    logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
     if top_k is not None:
         kept, ids = logits.topk(min(top_k, logits.size(-1)))
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
     probs = F.softmax(logits, dim=-1)
     if top_p is not None:
-        ordered, order = probs.sort(descending=True, stable=True)  # each (B, V)
-        tail = ordered.cumsum(-1) - ordered >= top_p  # the more probable ones sum to that already
+        ordered, order = probs.sort(stable=True)  # each (B, V), the least probable first
+        tail = ordered.cumsum(-1) <= 1 - top_p  # these and all before them are not needed
+        tail[:, -1] = False  # however small top_p is
         probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)  # what is left sums to 1 again
     return probs
@@ -565,8 +585,8 @@ def load_checkpoint(path: str) -> dict:
     path: a file of train.py or of nanoGPT, or a Hugging Face GPT-2 folder. Only tensors and plain data are
     read; nothing in the file is run. Raises ModelError.
     """
-    if os.path.isdir(path):
-        return load_hugging_face(path)
+    if Path(path).is_dir():
+        return load_hugging_face(Path(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -577,11 +597,6 @@ def load_checkpoint(path: str) -> dict:
         raise ModelError(f"{path} is no GPT checkpoint: it lacks model or model_args")
     if "iter_num" in checkpoint:  # nanoGPT's, whose GELU is exact
         checkpoint["model_args"].setdefault("activation", "gelu_erf")
-        checkpoint["model"] = {
-            name.removeprefix("_orig_mod."): tensor  # the prefix of a compiled model
-            for name, tensor in checkpoint["model"].items()
-            if not name.endswith(".attn.bias")  # a mask, not a weight
-        }
     return checkpoint
 
 
@@ -622,7 +637,7 @@ OURS_SUPPORTED = {
     "qkv_bias": [None, True],
     "position": ["learned"],
     "qk_norm": [False],
-    "activation": [*HF_ACTIVATIONS.values()],
+    "activation": {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu"},  # and its name for each
 }
 
 
@@ -639,27 +654,24 @@ def load_hugging_face(folder):
     from safetensors.torch import load_file
 
     try:
-        with open(os.path.join(folder, "config.json")) as file:
-            settings = HF_DEFAULTS | json.load(file)
-        tensors = load_file(os.path.join(folder, "model.safetensors"))
+        settings = HF_DEFAULTS | json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "model.safetensors")
         supported = HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}
         for name, values in supported.items():
             if settings.get(name, values[0]) not in values:
                 raise ModelError(f"{name} is {settings[name]!r}, none of {values}")
         args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
     except KeyError as error:
-        raise ModelError(f"{folder}: config.json lacks {error}") from None
+        raise ModelError(f"{folder}/config.json lacks {error}") from None
     except (OSError, SafetensorError, ValueError) as error:
         hint = f"of a run's folder, give {folder}/best.pt"
         raise ModelError(f"{folder} is no GPT-2 of Hugging Face's ({error}); {hint}") from None
     args["activation"] = HF_ACTIVATIONS[args["activation"]]
     weights = {}
     for name, tensor in tensors.items():
-        # files of the first years have no prefix, and keep the attention masks among the weights
-        if not name.startswith(("transformer.", "lm_head.")):
+        if not name.startswith(("transformer.", "lm_head.")):  # as in files of the first years
             name = f"transformer.{name}"
-        if not name.endswith((".attn.bias", ".attn.masked_bias")):
-            weights[name] = transposed(name, tensor)
+        weights[name] = transposed(name, tensor)
     if args["tie_weights"]:
         weights["lm_head.weight"] = weights.get("transformer.wte.weight")
     return {"model": weights, "model_args": args}
@@ -699,9 +711,9 @@ def pick_dtype(dtype, device, training=False):
     """
     if dtype != "auto":
         return dtype
-    cuda = device.startswith("cuda")
-    if cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "float16"
-    if cuda or (device == "cpu" and training and cpu_prefers_bfloat16()):
+    if device.startswith("cuda"):
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    if device == "cpu" and training and cpu_prefers_bfloat16():
         return "bfloat16"
     return "float32"
