@@ -7,22 +7,27 @@ your rights, so run only those that you have read. A setting has the type of its
 annotation where it has one (`min_lr: float | None = None`).
 """
 
-import ast
 import difflib
 import math
+import os
+import re
 import sys
 import traceback
 import types
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 # nanoGPT's config files run here. These keys of theirs are passed over,
-UNUSED = ("wandb_log", "wandb_project", "wandb_run_name")
+UNUSED = {"wandb_log", "wandb_project", "wandb_run_name"}
 # and this is what its decay_lr means.
 DECAY_LR = {
     True: {"lr_schedule": "cosine"},
     False: {"lr_schedule": "constant", "warmup_iters": 0},
 }
+
+# settings that are paths, where ~ is the home folder
+PATHS = {"out_dir", "init_from"}
 
 # what a flag may say, other than numbers and text
 WORDS = {"None": None, "True": True, "true": True, "False": False, "false": False}
@@ -56,11 +61,6 @@ def configure(settings: dict, argv: list | None = None) -> dict:
         # an error in a config file may have several lines
         message = " ".join(str(error).split())
         raise SystemExit(f"{Path(settings['__file__']).name}: {message}") from None
-    unused = [key for key in UNUSED if key in given]
-    if unused:
-        print(f"{', '.join(unused)} passed over: there is no such logging here", file=sys.stderr)
-    for key in unused:
-        del given[key]
     settings.update(given)
     return given
 
@@ -73,29 +73,23 @@ def read_flag(flag, known):
     return override(key, text, known, is_text=True)
 
 
+# name = default  # comment; or name: type = default  # comment
+SETTING = re.compile(r"([a-z]\w*)(?:: (.+?))? = .*?(?:  # (.*))?")
+
+
 def read_settings(settings: dict) -> dict:
     """{name: (type, comment)} of a script's settings, in the order of its source.
 
-    Those are its lower-case variables, down to its first `if`.
+    Those are the lines above its `if __name__` that look as SETTING does.
     """
     source = Path(settings["__file__"]).read_text(encoding="utf-8")
-    lines = source.encode().split(b"\n")  # as bytes, which is how ast counts columns
     known = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.If):  # what follows is the script's own
-            break
-        if isinstance(node, ast.AnnAssign):  # name: type = default
-            name = ast.unparse(node.target)
-            kind = eval(ast.unparse(node.annotation), settings)
-        elif isinstance(node, ast.Assign):  # name = default
-            name = ast.unparse(node.targets[0])
-            kind = type(settings.get(name))
-        else:
-            continue
-        if name.islower() and not name.startswith("_"):
-            # the comment is what stands behind the value on its last line
-            comment = lines[node.end_lineno - 1][node.end_col_offset :].decode()
-            known[name] = (kind, comment.lstrip("# "))
+    for line in source.split("\nif __name__")[0].splitlines():
+        found = SETTING.fullmatch(line)
+        if found:
+            name, annotation, comment = found.groups(default="")
+            kind = eval(annotation, settings) if annotation else type(settings[name])
+            known[name] = (kind, comment)
     return known
 
 
@@ -118,18 +112,22 @@ def run_config_file(path, known):
     except OSError as error:
         raise UserError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
     except Exception as error:  # it is a program, which may raise anything
-        line = getattr(error, "lineno", None)  # a SyntaxError has its own
-        # else it is the deepest line of the file that was running
-        for frame in traceback.extract_tb(error.__traceback__):
-            if frame.filename == path:
-                line = frame.lineno
+        frames = traceback.extract_tb(error.__traceback__)  # this file's, then the config file's
+        line = frames[1].lineno if len(frames) > 1 else getattr(error, "lineno", None)
         raise UserError(f"{path}, line {line}: {error!r}") from None
+    unused = sorted(namespace.keys() & UNUSED)
+    if unused:
+        print(f"{', '.join(unused)} passed over: there is no such logging here", file=sys.stderr)
+        namespace.setdefault("dataset", "openwebtext")  # which nanoGPT means where its config names none
     given = {}
     try:
         for key, value in namespace.items():
-            # a helper's name begins with _, and a module is what `import` leaves
-            if not key.startswith("_") and not isinstance(value, types.ModuleType):
+            # a helper's name begins with _; imports, functions and classes are no settings
+            helper = key.startswith("_") or callable(value) or isinstance(value, types.ModuleType)
+            if not helper:
                 given |= override(key, value, known)
+        if not given:
+            raise UserError("it sets nothing; settings are written name = value")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return given
@@ -142,44 +140,51 @@ def override(key, value, known, is_text=False):
     Raises UserError naming key, wanted type and value.
     """
     if key in UNUSED:
-        return {key: value}
-    if key == "decay_lr" and "lr_schedule" in known:
+        return {}
+    if key == "decay_lr":
         return DECAY_LR[convert(key, value, bool, is_text)]
     if key not in known:
         near = difflib.get_close_matches(key, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
+        if not is_text:
+            hint += " (a helper's name begins with _)"
         raise UserError(f"unknown setting {key!r}; {hint}")
-    kind, _ = known[key]
-    return {key: convert(key, value, kind, is_text)}
+    value = convert(key, value, known[key][0], is_text)
+    if key in PATHS:
+        value = os.path.expanduser(value)
+        if not value:
+            raise UserError(f"{key} wants a path, not nothing")
+    return {key: value}
 
 
 def convert(key, value, kind, is_text):
     """A value as the type kind wants it: bool, int, float, str, a union with None, or one of a Literal."""
     wanted = get_args(kind) or (kind,)  # the types of a union, or the choices of a Literal
-    types_wanted = wanted
-    if get_origin(kind) is Literal:
-        types_wanted = [type(choice) for choice in wanted]
+    names = [getattr(one, "__name__", str(one)).removesuffix("Type") for one in wanted]
     if is_text:
-        value = read_text(value, types_wanted)
-    # a whole number is a float too, where no digit of it is lost
-    if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:
-        value = float(value)
-    # types are compared exactly, for True is an int to isinstance
-    fits = type(value) in types_wanted and (types_wanted is wanted or value in wanted)
-    if not fits or (type(value) is float and not math.isfinite(value)):
-        names = [getattr(one, "__name__", str(one)).removesuffix("Type") for one in wanted]
+        value = read_text(value, wanted)
+    if get_origin(kind) is Literal:
+        choices = dict(zip(names, wanted, strict=True))
+        fits = str(value) in choices
+        value = choices.get(str(value), value)
+    else:
+        # a whole number is a float too, where no digit of it is lost
+        if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:
+            value = float(value)
+        # types are compared exactly, for True is an int to isinstance
+        fits = type(value) in wanted and (type(value) is not float or math.isfinite(value))
+    if not fits:
         raise UserError(f"{key} wants {' or '.join(names)}, not {value!r}")
     return value
 
 
 def read_text(text, wanted):
-    """A flag's text as a value of one of the wanted types; the text itself where it is none of them."""
-    if text in WORDS and type(WORDS[text]) in wanted:
-        return WORDS[text]
+    """A flag's text as one of the wanted values or types; the text itself where it is none of them."""
+    word = WORDS.get(text, text)
+    if word in wanted or type(word) in wanted:
+        return word
     for number in (int, float):  # in this order, so that 3 stays an int where both are wanted
-        if number in wanted:
-            try:
+        with suppress(ValueError):  # it will be refused as the text that it is
+            if number in wanted:
                 return number(text)
-            except ValueError:  # it will be refused as the text that it is
-                pass
     return text

@@ -20,6 +20,7 @@ lr_schedule: Literal["cosine", "constant"] = "cosine"
 compile: Literal["auto", True, False] = "auto"
 min_lr: float | None = None  # None: a tenth
 stride: int | None = None
+dataset = "pydocs"
 '''
 
 
@@ -98,7 +99,11 @@ def test_file_then_flags(tmp_path):
         ("max_iters = '3'", ["max_iters", "int", "'3'"]),
         ("max_iters = True", ["max_iters", "int", "True"]),
         ("bias = 1", ["bias", "bool"]),
-        ("def schedule(step): pass", ["schedule"]),
+        ("block = 16", ["block", "a helper's name begins with _"]),
+        ("from math import sqrt\n\ndef schedule(step): pass", ["config.py", "sets nothing"]),
+        ("max_iters: 3", ["sets nothing", "name = value"]),
+        ("import json\njson.loads('{')", ["config.py", "line 2", "JSONDecodeError"]),
+        ("out_dir = ''", ["out_dir", "a path"]),
         ("out_dir = 'x'\nmax_iters = missing", ["config.py", "line 2", "NameError"]),
         ("max_iters = (", ["config.py", "line 1", "SyntaxError"]),
     ],
@@ -113,7 +118,12 @@ def test_nanogpt_file(tmp_path, capsys):
     """Keys that have no use here are passed over in one line; its decay_lr is our lr_schedule."""
     config = "wandb_log = False\nwandb_project = 'owt'\nmax_iters = 600000\ndecay_lr = False\n"
     given, _ = configured(tmp_path, config=config)
-    assert given == {"max_iters": 600000, "lr_schedule": "constant", "warmup_iters": 0}
+    assert given == {
+        "max_iters": 600000,
+        "lr_schedule": "constant",
+        "warmup_iters": 0,
+        "dataset": "openwebtext",  # nanoGPT's default
+    }
     said = capsys.readouterr().err
     assert "wandb_run_name" not in said
     assert said.count("\n") == 1 and "wandb_log, wandb_project" in said
