@@ -82,7 +82,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ModelError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if self.position == "rope" and self.head_size % 2:
-            raise ModelError(f"position=rope needs an even n_embd / n_head, not {self.head_size}")
+            raise ModelError("position=rope needs an even n_embd / n_head")
 
     @property
     def head_size(self) -> int:
@@ -195,7 +195,7 @@ class CausalSelfAttention(nn.Module):
             # scores grow with sqrt(D); undivided, softmax would put nearly all weight on one token
             scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
             scores = scores.masked_fill(~mask, -math.inf)  # softmax makes it 0
-            weights = F.softmax(scores, dim=-1)  # how much of each token to take; a row sums to 1
+            weights = scores.softmax(dim=-1)  # how much of each token to take; a row sums to 1
             y = self.attn_dropout(weights) @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
@@ -295,7 +295,8 @@ class GPT(nn.Module):
 
     def hidden_states(self, idx, positions, cache=None):
         """What the output layer gets, (B, T, C): the tokens idx (B, T) at positions (T,) after all blocks."""
-        x, angles = self.transformer.wte(idx), None
+        x = self.transformer.wte(idx)
+        angles = None
         if self.config.position == "rope":
             angles = rope_angles(positions, self.config.head_size)
         else:
@@ -350,10 +351,8 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         check_sampling(temperature, top_k, top_p)
-        if idx.numel() == 0 or not 1 <= slide <= block_size:
-            raise ModelError(
-                "generation needs a prompt of at least one token, and slide from 1 to block_size"
-            )
+        if not (idx.dim() == 2 and idx.numel() and idx.dtype == torch.int64 and 1 <= slide <= block_size):
+            raise ModelError("generation needs a prompt (B, T) of int64 and a slide from 1 to block_size")
         # the step is compiled for one S, the largest
         cache_size = block_size if self.compiled_step else min(block_size, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
@@ -442,6 +441,8 @@ class GPT(nn.Module):
             reason = " ".join(str(error).split())  # PyTorch gives a line to each tensor
             raise ModelError(f"the checkpoint's weights do not fit the model: {reason}") from None
         if config.tie_weights:
+            if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+                raise ModelError("tie_weights is True, but the output layer differs from the token embedding")
             model.lm_head.weight = model.transformer.wte.weight  # loading has made them two
         # half-precision files too: what is trained, is trained in float32
         return model.to(device, torch.float32).eval()
@@ -476,12 +477,8 @@ class GPT(nn.Module):
 
 def check_sampling(temperature, top_k=None, top_p=None):
     """Raises ModelError where one of them makes no sense, NaN among them."""
-    sensible = temperature >= 0 and value_or(top_k, 1) >= 1 and 0 < value_or(top_p, 1) <= 1
-    if not sensible:
-        raise ModelError(
-            "temperature at least 0, top_k at least 1, top_p above 0 and at most 1 are needed, "
-            f"not {temperature=}, {top_k=}, {top_p=}"
-        )
+    if not (temperature >= 0 and value_or(top_k, 1) >= 1 and 0 < value_or(top_p, 1) <= 1):
+        raise ModelError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
 
 
 def next_token_probs(
@@ -501,7 +498,7 @@ def next_token_probs(
     if top_k is not None:
         kept, ids = logits.topk(min(top_k, logits.size(-1)))
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
-    probs = F.softmax(logits, dim=-1)
+    probs = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, order = probs.sort(stable=True)  # each (B, V), the least probable first
         tail = ordered.cumsum(-1) <= 1 - top_p  # these and all before them are not needed
@@ -664,8 +661,9 @@ def load_hugging_face(folder):
     except KeyError as error:
         raise ModelError(f"{folder}/config.json lacks {error}") from None
     except (OSError, SafetensorError, ValueError) as error:
-        hint = f"of a run's folder, give {folder}/best.pt"
-        raise ModelError(f"{folder} is no GPT-2 of Hugging Face's ({error}); {hint}") from None
+        raise ModelError(
+            f"{folder} is no GPT-2 of Hugging Face's ({error}); of a run's folder, give {folder}/best.pt"
+        ) from None
     args["activation"] = HF_ACTIVATIONS[args["activation"]]
     weights = {}
     for name, tensor in tensors.items():
@@ -673,7 +671,7 @@ def load_hugging_face(folder):
             name = f"transformer.{name}"
         weights[name] = transposed(name, tensor)
     if args["tie_weights"]:
-        weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+        weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight"))
     return {"model": weights, "model_args": args}
 
 
@@ -712,8 +710,7 @@ def pick_dtype(dtype, device, training=False):
     if dtype != "auto":
         return dtype
     if device.startswith("cuda"):
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if has_bfloat16 else "float16"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device == "cpu" and training and cpu_prefers_bfloat16():
         return "bfloat16"
     return "float32"

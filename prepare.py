@@ -11,6 +11,7 @@ twice, to count and then to tokenize, a piece at a time: memory does not grow wi
 """
 
 import argparse
+import codecs
 import difflib
 import gzip
 import hashlib
@@ -22,8 +23,10 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -87,19 +90,17 @@ GPT2_SIZES = {
     "gpt2-xl": "1558M",
 }
 
-# What makes OpenAI's name of a weight of ours, step by step: transformer.h.0.attn.c_attn.weight is
-# model/h0/attn/c_attn/w, a LayerNorm's weight is its gain, and an embedding is all there is of it.
+# What makes our name of a weight of OpenAI's, step by step: model/h0/attn/c_attn/w is
+# transformer.h.0.attn.c_attn.weight, a LayerNorm's gain is its weight, and so is all of an embedding.
 GPT2_RENAMES = {
-    "transformer.h.": "model/h",
-    "transformer.": "model/",
-    "weight": "w",
-    "bias": "b",
-    ".": "/",
-    "ln_1/w": "ln_1/g",
-    "ln_2/w": "ln_2/g",
-    "ln_f/w": "ln_f/g",
-    "wte/w": "wte",
-    "wpe/w": "wpe",
+    "model/h": "transformer.h.",
+    "model/": "transformer.",
+    "/w": ".weight",
+    "/g": ".weight",
+    "/b": ".bias",
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "/": ".",
 }
 
 # What the command line takes besides paths.
@@ -110,12 +111,22 @@ UNKNOWN = "<|unk|>"
 MAX_VOCAB = 65536  # what uint16 can count
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
-PIECE = 1_000_000
+PIECE = 1 << 20
 # Threads that tokenize. More than eight would wait for the one that reads.
 THREADS = min(8, os.cpu_count() or 1)
 
-# What is taken for text in a folder. A file that is named on the command line may be called anything.
-SUFFIXES = ".txt .md .rst .tex .py .c .h .cpp .java .js .ts .go .rs .html .css .csv .xml .json .jsonl".split()
+# What is taken for text in a folder, and names without a suffix, as README. A file that is named on the command
+# line may be called anything.
+SUFFIXES = (
+    ".txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .yaml .yml .toml .ini .sh .sql "
+    ".py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
+).split()
+
+# Bytes that no text has: control characters, but for tabs, line ends, escapes and separators.
+NO_TEXT = {*range(8), *range(14, 27)}
+
+# Of GPT-2's vocabulary, in the order of the IDs, a line each: by this it is recognized in other folders.
+GPT2_VOCABULARY_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 
 
 # -- downloads -----------------------------------------------------------------------------------------------
@@ -202,7 +213,7 @@ def fetch_once(url, part):
         # A server that streams does not say how much is to come: then only the checksum can tell.
         left = int(response.headers.get("Content-Length", 0))
         with open(part, "ab") as file, tqdm.wrapattr(file, "write", left, desc=part.stem) as watched:
-            for chunk in response.iter_content(65536):
+            for chunk in response.iter_content(1 << 16):
                 watched.write(chunk)
 
 
@@ -239,7 +250,7 @@ class Tokenizer:
     # than one document. None where the vocabulary is fixed.
     entries = None
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text):
         """The token IDs as uint16, (number of IDs,). Several threads call it at the same time."""
         return np.array(self.encode(text), "<u2")
 
@@ -281,10 +292,10 @@ class CharTokenizer(Tokenizer):
             raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
         return ids.astype("<u2")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         return self.encode_array(text).tolist()
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
 
 
@@ -311,12 +322,13 @@ class WordTokenizer(Tokenizer):
     def from_entries(cls, entries, several=True):
         return cls(sorted(entries - {END_OF_TEXT, UNKNOWN}) + [END_OF_TEXT, UNKNOWN])
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
+        text = text.replace(END_OF_TEXT, f" {END_OF_TEXT} ")  # a word of its own
         # Of the text that was prepared, every word is known; of a prompt, perhaps not.
         unknown = self.ids[UNKNOWN]
         return [self.ids.get(word, unknown) for word in self.words(text)]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         text = " ".join(self.vocab[i] for i in ids)
         return re.sub(r"""\s+([,.?!"()'])""", r"\1", text)  # no space before a punctuation mark
 
@@ -329,33 +341,67 @@ class GPT2Tokenizer(Tokenizer):
     vocab_size = 50257
     end_of_text = 50256
 
-    def __init__(self):
+    @cached_property
+    def bpe(self):
+        """tiktoken's encoding; its files are fetched when it is first used. Raises UserError."""
         from tiktoken import Encoding
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # the two files are in our own cache
         ranks = data_gym_to_mergeable_bpe_ranks(str(cached(*VOCAB_BPE)), str(cached(*ENCODER_JSON)))
-        self.bpe = Encoding(
+        return Encoding(
             "gpt2",
             pat_str=r50k_pat_str,
             mergeable_ranks=ranks,
             special_tokens={END_OF_TEXT: self.end_of_text},
         )
 
-    def encode(self, text: str) -> list[int]:
-        return self.bpe.encode(text, allowed_special="all")
-
     def encode_array(self, text):
         # Without Python's lists, which need the interpreter's lock, so that threads work side by side.
-        return self.bpe.encode_to_numpy(text, allowed_special="all").astype("<u2")
+        bpe = self.bpe
+        try:
+            return bpe.encode_to_numpy(text, allowed_special="all").astype("<u2")
+        except ValueError as error:
+            # tiktoken's pattern gives up on some 500,000 white-space characters in a row: cut among them.
+            space = re.search(r"\s{100000}(?=\s)", text)
+            if not space:
+                raise UserError(f"tiktoken cannot read the text: {error}") from None
+            parts = text[: space.end()], text[space.end() :]
+            return np.concatenate([self.encode_array(part) for part in parts])
 
-    def decode(self, ids: list[int]) -> str:
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def decode(self, ids):
         return self.bpe.decode(ids)
 
 
-# The choices of --tokenizer, which meta.json calls "type".
-TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer}
+class BPETokenizer(Tokenizer):
+    """Any tokenizer.json of Hugging Face's, byte-level BPE above all, by their tokenizers package."""
+
+    def __init__(self, json: dict, end_of_text: int | None = None):
+        """json: the file's content; end_of_text: the ID, if it is another than that of <|endoftext|>."""
+        from json import dumps
+
+        from tokenizers import Tokenizer as AnyTokenizer
+
+        self.meta = {"type": "bpe", "json": json}
+        self.bpe = AnyTokenizer.from_str(dumps(json))
+        self.vocab_size = max(self.bpe.get_vocab().values()) + 1
+        self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
+        if end_of_text is not None:
+            self.meta["end_of_text"] = self.end_of_text = end_of_text
+
+    def encode(self, text):
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.bpe.decode(ids, skip_special_tokens=False)
+
+
+# What meta.json calls "type"; the first three are choices of --tokenizer as well.
+TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer, "bpe": BPETokenizer}
 
 
 def load_tokenizer(meta: dict) -> Tokenizer:
@@ -364,14 +410,61 @@ def load_tokenizer(meta: dict) -> Tokenizer:
         arguments = {**meta["tokenizer"]}  # a copy: meta is the caller's
         tokenizer_class = TOKENIZERS[arguments.pop("type")]
         return tokenizer_class(**arguments)
-    except (KeyError, TypeError) as error:
+    except Exception as error:  # what the tokenizers package raises has no other type
         raise UserError(f"the tokenizer's description is damaged or unknown: {error!r:.99}") from None
+
+
+def tokenizer_of(name: str, checkpoint: dict | None = None) -> Tokenizer:
+    """The tokenizer that belongs to weights, or to whatever else the name is of. Nobody guesses.
+
+    name: the folder of a dataset, a folder or file with a tokenizer.json, or a checkpoint
+    checkpoint: what load_checkpoint has read from it, if that has been done
+    A checkpoint of ours says it itself; nanoGPT's has that of its dataset. Raises UserError.
+    """
+    path = Path(name).expanduser()
+    if path.name == "tokenizer.json":
+        path = path.parent
+    meta = checkpoint.get("meta") if checkpoint else read_json(path / "meta.json")
+    if meta:
+        return load_tokenizer(meta)
+    if path.is_dir():
+        return hugging_face_tokenizer(path)
+    if checkpoint is None:
+        from model import ModelError, load_checkpoint
+
+        try:
+            return tokenizer_of(name, load_checkpoint(path))
+        except ModelError as error:
+            raise UserError(f"--tokenizer={name}: {error}") from None
+    # nanoGPT's IDs are GPT-2's where its dataset has no vocabulary of its own.
+    size = checkpoint["model_args"]["vocab_size"]
+    dataset = checkpoint.get("config", {}).get("dataset")
+    meta = read_json(Path(f"data/{dataset}/meta.json"))
+    if meta.get("vocab_size") == size:
+        return load_tokenizer(meta)
+    if not meta and size in (50257, 50304):
+        return GPT2Tokenizer()
+    raise UserError(f"{name} does not say what its {size} token IDs mean; prepare its text as data/{dataset}")
+
+
+def hugging_face_tokenizer(folder):
+    """The tokenizer of a folder with tokenizer.json, or with GPT-2's vocab.json. Raises UserError."""
+    description = read_json(folder / "tokenizer.json")
+    vocab = description.get("model", {}).get("vocab") or read_json(folder / "vocab.json")
+    if isinstance(vocab, dict) and len(description.get("added_tokens", [])) < 2:
+        tokens = "\n".join(sorted(vocab, key=vocab.get))
+        if hashlib.sha256(tokens.encode()).hexdigest() == GPT2_VOCABULARY_SHA256:
+            return GPT2Tokenizer()
+    if not description:
+        raise UserError(f"{folder} has no tokenizer.json, so nothing says what its IDs mean: add its model's")
+    end_of_text = read_json(folder / "config.json").get("eos_token_id")
+    return load_tokenizer({"tokenizer": {"type": "bpe", "json": description, "end_of_text": end_of_text}})
 
 
 # -- documents -----------------------------------------------------------------------------------------------
 #
 #   documents   an iterable of documents, which is read twice
-#   document    an iterable of pieces: a file, or a line of a .jsonl
+#   document    an iterable of pieces: a file, or a line of a .jsonl, or what <|endoftext|> ends in them
 #   piece       a str that ends where a word or its document does; of a file, about PIECE characters
 #
 # A document is taken to its end before the next one is asked for. Its token IDs are those of its pieces, one
@@ -404,34 +497,92 @@ def whole_words(file, size=PIECE):
     yield rest
 
 
+def split_at_ends(pieces):
+    """The documents of a text: <|endoftext|> ends one, and what holds white space alone is none."""
+
+    def numbered():
+        number, begun, blank = 0, False, ""
+        for piece in pieces:
+            for i, part in enumerate(piece.split(END_OF_TEXT)):
+                if i > 0:  # the one before has ended
+                    number, begun, blank = number + 1, False, ""
+                begun = begun or not (part.isspace() or part == "")
+                if begun:
+                    yield number, blank + part
+                    blank = ""
+                else:
+                    blank += part
+
+    for _, document in groupby(numbered(), key=lambda pair: pair[0]):
+        yield (part for _, part in document)
+
+
+def clean(text):
+    """A prompt, or a string of JSON, as a file of the same text is read. Raises UserError where it is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which stands for a byte that is not UTF-8 as well
+        raise UserError(f"{text!r:.40} is not UTF-8 text") from None
+    if "\0" in text:
+        raise UserError(f"{text!r:.40} has a NUL character, which is not text")
+    return text.removeprefix("\N{BYTE ORDER MARK}").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def unpacked(path):
     """a.txt of a.txt, a.txt.gz and a.txt.zst."""
-    return path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    return path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
+
+
+def opener(path):
+    """What opens a file, unpacked, and what reading raises where the file is damaged."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open, (EOFError, gzip.BadGzipFile, zlib.error)
+    if path.suffix.lower() == ".zst":
+        zstd = import_zstd(path)
+        return zstd.open, (EOFError, zstd.ZstdError)
+    return open, ()
+
+
+def why_no_text(head):
+    """What a file that begins with these bytes is instead of UTF-8 text; "" where it may be text."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "it is UTF-16; add --encoding=utf-16"
+    if not head.startswith(b"%PDF") and not set(head) & NO_TEXT:
+        return ""
+    # Of the two bytes of a character of UTF-16, one is nearly always the same.
+    few, many = sorted((len(set(head[::2])), len(set(head[1::2]))))
+    if many > 3 * few:
+        return "it looks like UTF-16; add --encoding=utf-16-le, or -be"
+    return "it is not text"
 
 
 @contextmanager
-def open_text(path, errors):
-    """A text file, unpacked, to be read as str inside the with block. Raises UserError, there too."""
-    open_file = open
-    damages = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading raises where an archive is damaged
-    if path.suffix == ".gz":
-        open_file = gzip.open
-    elif path.suffix == ".zst":
-        zstd = import_zstd(path)
-        open_file = zstd.open
-        damages = (EOFError, zstd.ZstdError)
-    # -sig drops a byte order mark. newline: a line ends at "\n" alone, and "\r" stays as it is.
-    with open_file(path, "rt", encoding="utf-8-sig", errors=errors, newline="\n") as file:
+def open_text(path, errors="strict", encoding="utf-8"):
+    """A text file, unpacked, to be read as str inside the with block. Raises UserError, there too.
+
+    Line ends become newlines, and a byte order mark is dropped.
+    """
+    open_file, damages = opener(path)
+    utf8 = encoding == "utf-8"
+    if utf8:
+        encoding = "utf-8-sig"  # which drops the mark
+    with open_file(path, "rt", encoding=encoding, errors=errors) as file:
         # Damage shows only while the file is read, so the try goes round all that reads it.
         try:
+            problem = why_no_text(file.buffer.read(4096)) if utf8 else ""
+            if problem:
+                raise UserError(f"{path}: {problem}")
+            file.seek(0)
             yield file
         except damages as error:
             raise UserError(f"{path} is damaged: {error}") from None
         except UnicodeDecodeError as error:
             # error.object is the bytes that were being decoded: the last that have been read.
             at = file.buffer.tell() - len(error.object) + error.start
+            byte = error.object[error.start]
             raise UserError(
-                f"{path} is not UTF-8: byte {at} is {error.object[error.start]:#x}; --errors=replace goes on"
+                f"{path} is not {encoding.removesuffix('-sig').upper()}: byte {at} is {byte:#x}; "
+                "name its --encoding, or --errors=replace goes on"
             ) from None
 
 
@@ -454,31 +605,39 @@ class TextFiles:
     files: list
     errors: str = "strict"
     text_key: str = "text"
+    encoding: str = "utf-8"
 
     def __iter__(self):
         # Another format is another branch here, and another suffix in SUFFIXES.
         for path in self.files:
             if unpacked(path).suffix.lower() == ".jsonl":
-                yield from self.read_jsonl(path)
+                texts = self.read_jsonl(path)
             else:
-                yield self.read_text(path)
+                texts = [self.read_text(path)]
+            for text in texts:
+                yield from split_at_ends(text)
 
     def read_text(self, path):
-        """The whole file as one document."""
-        with open_text(path, self.errors) as file:
-            yield from whole_words(file)
+        """The pieces of a whole file. Raises UserError where a character is NUL, which no text has."""
+        with open_text(path, self.errors, self.encoding) as file:
+            at = 0
+            for piece in whole_words(file):
+                if "\0" in piece:
+                    at += piece.index("\0")
+                    raise UserError(f"{path} is not text: character {at} is NUL")
+                at += len(piece)
+                yield piece
 
     def read_jsonl(self, path):
-        """A document of each line, an object that has it under text_key; blank lines are passed over."""
-        with open_text(path, self.errors) as file:
+        """A text of each line, an object that has it under text_key; blank lines are passed over."""
+        with open_text(path, self.errors, self.encoding) as file:
             for number, line in enumerate(file, 1):
-                if line.isspace():
+                if not line.strip():
                     continue
                 # Whatever is wrong with a line, its number helps most.
                 try:
                     text = json.loads(line)[self.text_key]
-                    # JSON can spell half a surrogate pair, which is no text: refused, or replaced.
-                    yield [text.encode("utf-8", self.errors).decode()]
+                    yield [clean(text.encode("utf-8", self.errors).decode())]
                 except Exception as error:
                     raise UserError(
                         f"{path}, line {number}: no JSON object with a text under {self.text_key!r}, "
@@ -486,42 +645,46 @@ class TextFiles:
                     ) from None
 
 
-def find_text_files(paths):
-    """The files, and the text files of the folders, in sorted order; says how many others the folders hold.
+def find_text_files(paths, encoding):
+    """The files, and the text files of the folders, in sorted order, each once; says what was left out.
 
-    Raises UserError where a path does not exist, or where there is no text file.
+    Names that begin with a dot are passed over. Raises UserError where a path does not exist, or where there
+    is no text file.
     """
-    text_files = []
-    skipped = 0
+    text_files = {}  # by what a path leads to in the end
+    left_out = 0
     for path in map(Path, paths):
         if path.is_file():
-            text_files.append(path)  # asked for by name, so it is text
+            found = [path]  # asked for by name, so it is text
+        elif (path / "meta.json").exists():
+            raise UserError(f"{path} is a prepared dataset, not text")
         elif path.is_dir():
             # Sorted, so that the same folder gives the same dataset on every system.
-            for file in filter(Path.is_file, sorted(path.rglob("*"))):
-                if is_text(file):
-                    text_files.append(file)
-                else:
-                    skipped += 1
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            files = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            found = [file for file in files if is_text(file, encoding)]
+            left_out += len(files) - len(found)
+        elif path.exists():
+            raise UserError(f"{path} is no regular file; text is read twice, so save it into a file first")
         else:
-            near = difflib.get_close_matches(str(path), NAMES)
+            near = difflib.get_close_matches(str(path), NAMES, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{path} is neither a file nor a folder nor one of {', '.join(NAMES)}{hint}")
+        for file in found:
+            text_files.setdefault(file.resolve(), file)
     if not text_files:
-        raise UserError(
-            f"no text file in {', '.join(paths)}; a file that you name yourself is taken as it is"
-        )
-    if skipped:
-        print(f"{skipped} files are not text")
-    return text_files
+        raise UserError(f"no text file in {', '.join(paths)}; a file that you name is taken as it is")
+    if left_out:
+        print(f"{left_out:,} files are not text")
+    return list(text_files.values())
 
 
-def is_text(path):
-    """Whether a file of a folder is named as text is, and does not begin as binary data or UTF-16 does."""
-    if unpacked(path).suffix.lower() not in SUFFIXES:
+def is_text(path, encoding):
+    """Whether a file of a folder is named as text is, and begins as text does."""
+    if unpacked(path).suffix.lower() not in (*SUFFIXES, ""):
         return False
-    with open_text(path, "replace") as file:
-        return "\0" not in file.read(4096)  # UTF-16 has one for each letter of English
+    with opener(path)[0](path, "rb") as file:
+        return encoding != "utf-8" or not why_no_text(file.read(4096))
 
 
 def pydocs():
@@ -552,6 +715,8 @@ def count_text(documents, entries_of):
             characters += len(piece)
             if entries_of:
                 entries.update(entries_of(piece))
+                if len(entries) > MAX_VOCAB:  # the rest of the text would not help
+                    return count, characters, entries
     return count, characters, entries
 
 
@@ -565,11 +730,11 @@ def validates(i, count, val_fraction):
 # Second reading: from here on, a text knows its side.
 
 
-def split_documents(documents, count, characters, val_fraction):
+def split_documents(documents, count, characters, val_fraction, ends=True):
     """("train" or "val", text), in order, of count documents that have so many characters altogether.
 
     One document is cut: its first characters train. Of many, each goes whole to one side, and <|endoftext|>
-    follows it.
+    follows it, where the vocabulary has it.
     """
     to_train = int(characters * (1 - val_fraction))  # of one document: characters that still go to train.bin
     for i, document in enumerate(documents):
@@ -582,7 +747,8 @@ def split_documents(documents, count, characters, val_fraction):
         split = "val" if validates(i, count, val_fraction) else "train"
         for piece in document:
             yield split, piece
-        yield split, END_OF_TEXT
+        if ends:
+            yield split, END_OF_TEXT
 
 
 def batches(texts):
@@ -625,16 +791,79 @@ def encode_batches(batches, tokenizer):
 DATASET_FILES = {"train.bin", "val.bin", "meta.json", "ckpt.pt"}
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that path is the complete old file or the complete new one at any moment."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # onto the disk, before it gets its name
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def read_json(path):
+    """The object in a JSON file; an empty one where there is no such file. Raises UserError."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
+def load_dataset(name: str, block_size: int, vocab_size: int | None = None) -> tuple:
+    """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, and meta.json. Raises UserError.
+
+    vocab_size: of the model that is to read them, where it is not the dataset's
+    """
+    name = Path(name).name  # of data/mine too
+    folder = Path("data", name)
+    if not (folder / "train.bin").is_file():
+        raise UserError(f"{folder} is not prepared; run python prepare.py {name}, or YOUR_TEXT --name={name}")
+    meta = read_json(folder / "meta.json")
+    if not meta:
+        if (folder / "meta.pkl").exists():
+            raise UserError(f"{folder} is nanoGPT's; prepare its text: python prepare.py FILE --name=NAME")
+        print(f"{folder} has no meta.json: taken for GPT-2 token IDs", file=sys.stderr)
+        meta = {"dataset": name, "tokenizer": {"type": "gpt2"}, "vocab_size": 50257}
+    if load_tokenizer(meta).vocab_size != meta.get("vocab_size"):
+        raise UserError(f"{folder}/meta.json is damaged: vocab_size is not its tokenizer's")
+    splits = []
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size if path.is_file() else 0  # two bytes a token
+        if not 0 < size == 2 * meta.get(f"{split}_tokens", size // 2):
+            raise UserError(f"{path} is missing, empty or truncated ({size} bytes); run prepare.py again")
+        data = np.memmap(path, dtype="<u2", mode="r")
+        if len(data) <= block_size:
+            raise UserError(f"{path} has {len(data)} tokens, too few for {block_size=}; prepare more text")
+        # IDs of four bytes or eight, read as two: every second one is 0.
+        if meta.get("dtype", "uint16") != "uint16" or (len(data) > 99 and not data[1:100_000:2].any()):
+            raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
+        if data.max() >= (vocab_size or meta["vocab_size"]):  # it would crash a GPU without a word
+            raise UserError(f"{path} has the ID {data.max()}, which the vocabulary has not")
+        splits.append(data)
+    return *splits, meta
+
+
 @contextmanager
 def new_folder(name, meta):
     """A folder to fill, which becomes data/<name>/ when all is done; until then that is the old one, or none.
 
-    meta: what its meta.json is to hold; it may be completed while the folder is filled
+    meta: what its meta.json is to hold in the end
     Raises UserError where data/<name>/ holds anything that is not ours.
     """
-    folder = Path("data", name)
-    new = Path(f"data/.{name}.new")
-    old = Path(f"data/.{name}.old")
+    folder = Path("data", name).resolve()  # where a link points to, which stays as it is
+    new = folder.with_name(f".{name}.new")
+    old = folder.with_name(f".{name}.old")
     if folder.exists():
         found = set(os.listdir(folder))
         # What we write has a meta.json: a train.bin alone is another program's. An empty folder is nobody's.
@@ -648,7 +877,7 @@ def new_folder(name, meta):
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         # A folder cannot be renamed to one that holds files, so the old one makes room first.
         if folder.exists():
-            print(f"{folder} is replaced", file=sys.stderr)
+            print(f"data/{name} is replaced", file=sys.stderr)
             folder.rename(old)
         new.rename(folder)
     finally:
@@ -682,7 +911,7 @@ def write_bins(name, ids, tokenizer, sources):
             raise UserError(
                 f"{name}: train.bin or val.bin would be empty; give more text or another --val_fraction"
             )
-        meta.update(train_tokens=train_tokens, val_tokens=val_tokens)
+        meta |= {"train_tokens": train_tokens, "val_tokens": val_tokens}
 
     tokens = train_tokens + val_tokens
     print(
@@ -692,24 +921,27 @@ def write_bins(name, ids, tokenizer, sources):
     return tokens
 
 
-def write_dataset(name, documents, sources, kind, val_fraction=0.1):
+def write_dataset(name, documents, sources, tokenizer, val_fraction=0.1):
     """Tokenize documents, read twice, into data/<name>/, whole or absent at any time. Raises UserError.
 
-    kind: a name in TOKENIZERS
     sources: as in write_bins
+    tokenizer: one that is there, or a name in TOKENIZERS, whose vocabulary comes from the text
     """
-    tokenizer_class = TOKENIZERS[kind]
-    if tokenizer_class.entries is None:
-        tokenizer = tokenizer_class()  # before the text is read, for it may fail to download its files
-    count, characters, entries = count_text(documents, tokenizer_class.entries)
-    if characters == 0:
+    tokenizer = TOKENIZERS.get(tokenizer, tokenizer)
+    learns = isinstance(tokenizer, type) and tokenizer.entries
+    if not learns:
+        if isinstance(tokenizer, type):
+            tokenizer = tokenizer()
+        tokenizer.encode("")  # fetches its files, which may fail, before the text is read
+    count, characters, entries = count_text(documents, learns)
+    if count == 0:
         raise UserError(f"there is no text to make data/{name} of")
-    if tokenizer_class.entries:
-        tokenizer = tokenizer_class.from_entries(entries, count > 1)
+    if learns:
+        tokenizer = tokenizer.from_entries(entries, count > 1)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError(f"a vocabulary of over {MAX_VOCAB} entries; try --tokenizer=gpt2")
     # All of these are generators: nothing is read before write_bins asks for it.
-    texts = split_documents(documents, count, characters, val_fraction)
+    texts = split_documents(documents, count, characters, val_fraction, tokenizer.end_of_text is not None)
     # disable=None: a bar on a terminal alone.
     progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
     tokens = write_bins(name, encode_batches(progress, tokenizer), tokenizer, sources)
@@ -737,8 +969,8 @@ def prepare_fineweb(name, shards):
 # -- OpenAI's weights ----------------------------------------------------------------------------------------
 
 
-def prepare_gpt2(name, size):
-    """OpenAI's checkpoint -> data/<name>/ckpt.pt and meta.json. size: OpenAI's name of it, such as 124M.
+def prepare_gpt2(name):
+    """OpenAI's checkpoint of a size of GPT-2 -> data/<name>/ckpt.pt and meta.json.
 
     Raises UserError, and OSError where the disk is full.
     """
@@ -749,10 +981,10 @@ def prepare_gpt2(name, size):
     import torch
 
     # TensorFlow wants all files of a checkpoint in one folder.
-    cache = Path(f"data/.cache/gpt2-{size}")
+    cache = Path(f"data/.cache/gpt2-{GPT2_SIZES[name]}")
     sources = []
     for file in GPT2_FILES.split():
-        url = f"{GPT2_URL}/{size}/{file}"
+        url = f"{GPT2_URL}/{GPT2_SIZES[name]}/{file}"
         download(url, cache / file)
         sources.append({"url": url, "sha256": file_sha256(cache / file)})
     weights, model_args = read_gpt2(cache)
@@ -780,7 +1012,7 @@ def read_gpt2(folder):
         raise UserError("OpenAI's files are TensorFlow's; install it: pip install tensorflow") from None
     import torch
 
-    from model import GPT, GPTConfig
+    from model import GPT
 
     weights = {}
     try:
@@ -788,32 +1020,21 @@ def read_gpt2(folder):
         model_args = json.loads((folder / "hparams.json").read_text())
         model_args["block_size"] = model_args.pop("n_ctx")
         model_args["vocab_size"] = model_args.pop("n_vocab")
-        with torch.device("meta"):  # names and shapes, no memory
-            model = GPT(GPTConfig(**model_args))
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
-        shapes = reader.get_variable_to_shape_map()
         # One at a time, so that the largest size needs its memory once.
-        for key, ours in model.named_parameters():
-            name = key
-            for old, new in GPT2_RENAMES.items():
-                name = name.replace(old, new)
-            shape = list(ours.shape)
-            is_matrix = name.endswith("/w")
-            if is_matrix:
-                shape = [1, *reversed(shape)]  # a kernel of a convolution of width 1: (1, in, out)
-            found = shapes.pop(name, None)
-            if found != shape:
-                raise ValueError(f"the tensor {name} has the shape {found}, not {tuple(shape)}")
+        for name in reader.get_variable_to_shape_map():
             tensor = torch.from_numpy(reader.get_tensor(name))
-            if is_matrix:
-                tensor = tensor[0].T.contiguous()  # (1, in, out) -> (out, in)
-            weights[key] = tensor
-        # What we did not ask for would be missing from our model.
-        if shapes:
-            raise ValueError(f"GPT-2 does not have {', '.join(shapes)}")
-    except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:
+            if name.endswith("/w"):
+                tensor = tensor[0].T.contiguous()  # a convolution of width 1: (1, in, out) -> (out, in)
+            for theirs, ours in GPT2_RENAMES.items():
+                name = name.replace(theirs, ours)
+            weights[name] = tensor
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # GPT-2 ties the two
+        GPT.from_checkpoint(
+            {"model": weights, "model_args": model_args}
+        )  # raises where a name or shape differs
+    except (AttributeError, LookupError, TypeError, ValueError, tf.errors.OpError) as error:
         raise UserError(f"{folder} is no GPT-2, or damaged; delete it and try again: {error}") from None
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # GPT-2 ties the two
     return weights, model_args
 
 
@@ -825,6 +1046,16 @@ def weights_path(init_from):
     if not Path(path).exists():
         raise UserError(f"{path} is not there; run: python prepare.py {init_from}")
     return path
+
+
+# -- the machine ---------------------------------------------------------------------------------------------
+
+
+def speak_utf8():
+    """Let the standard streams be UTF-8 everywhere; what is none is spelled out, and ends no run."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # None where it is closed
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 # -- command line --------------------------------------------------------------------------------------------
@@ -851,55 +1082,64 @@ def prepare(args):
     if len(args.what) > 1 and set(args.what) & set(NAMES):
         raise UserError("one corpus at a time, and no files beside it")
     # Weights, not text.
-    for name, size in GPT2_SIZES.items():
-        if what in (name, size):
-            return prepare_gpt2(name, size)
+    for gpt2, size in GPT2_SIZES.items():
+        if what in (gpt2, size):
+            return prepare_gpt2(gpt2)
 
     # Token IDs, not text: there is nothing to tokenize.
     name = dataset_name(args)
     kind, file = CORPORA.get(what, ("char", None))
     kind = args.tokenizer or kind
     if what == "fineweb":
-        if args.shards < 1 or kind != "gpt2":
-            raise UserError("fineweb comes as GPT-2 token IDs, in one shard or more: see --help")
+        if not 1 <= args.shards <= 103 or kind != "gpt2":
+            raise UserError("fineweb comes as GPT-2 token IDs, in 1 to 103 shards: see --help")
         return prepare_fineweb(name, args.shards)
 
+    try:
+        codecs.lookup(args.encoding)
+    except LookupError as error:
+        raise UserError(f"--encoding={args.encoding}: {error}") from None
     # Text: what its documents are, and where they are from.
     if what == "pydocs":
         text = pydocs()
         documents = [[text]]
         sha256 = hashlib.sha256(text.encode()).hexdigest()
-        sources = [{"path": f"pydoc_data.topics of Python {sys.version.split()[0]}", "sha256": sha256}]
+        sources = [{"path": f"pydoc_data.topics of Python {sys.version}", "sha256": sha256}]
     elif file:
         url, sha256 = file
         documents = TextFiles([cached(url, sha256)])
         sources = [{"url": url, "sha256": sha256}]
     else:
-        files = find_text_files(args.what)
-        documents = TextFiles(files, args.errors, args.text_key)
+        files = find_text_files(args.what, args.encoding)
+        documents = TextFiles(files, args.errors, args.text_key, args.encoding)
         sources = [{"path": str(path), "sha256": file_sha256(path)} for path in files]
-    write_dataset(name, documents, sources, kind, args.val_fraction)
+    known = kind in TOKENIZERS and kind != "bpe"
+    tokenizer = kind if known else tokenizer_of(kind)
+    write_dataset(name, documents, sources, tokenizer, args.val_fraction)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"NAME: {', '.join(NAMES)}")
     add = parser.add_argument
     add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files")
-    add("--tokenizer", choices=TOKENIZERS, help="default: the corpus's own; char for yours")
+    add(
+        "--tokenizer",
+        help="char, word, gpt2, or whose to take: a folder or a checkpoint; default: the corpus's",
+    )
     add("--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)")
     add("--name", help="the folder in data/; default: the corpus's or the first file's name")
     add("--shards", type=int, default=1, help="of fineweb, 100M tokens each (%(default)s)")
     add("--text_key", default="text", help="what a line of .jsonl calls its text (%(default)s)")
-    add("--errors", choices=["strict", "replace"], default="strict", help="where text is not UTF-8")
+    add("--encoding", default="utf-8", help="of the text (%(default)s)")
+    add("--errors", choices=["strict", "replace"], default="strict", help="where text is of another encoding")
+    speak_utf8()
     # Every mistake travels to here, and ends in one line and an exit status of 1.
     try:
         prepare(parser.parse_args())
     except UserError as error:
         sys.exit(f"prepare.py: {error}")
     except OSError as error:
-        sys.exit(
-            f"prepare.py: {error}; nothing half-done is left. Is the disk full? Then make room, and run it again"
-        )
+        sys.exit(f"prepare.py: {error}; nothing half-done is left; if the disk is full, make room for it")
     except KeyboardInterrupt:
         sys.exit("prepare.py: interrupted; nothing half-done is left, run it again")
 

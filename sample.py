@@ -12,7 +12,7 @@ from configurator import UserError, configure
 
 out_dir = "out"  # a run of train.py
 init_from = "resume"  # resume (out_dir's best.pt, else ckpt.pt), gpt2 and its sizes, or a checkpoint
-start = "\n"  # the prompt; FILE:path, the text of a file; -, each line of standard input
+start: str | None = None  # the prompt; FILE:path; -, each line of standard input; None: as a text begins
 num_samples = 1  # how many of a prompt, generated together
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # below 1 more of what is likely, above 1 more variety; 0: always the likeliest token
@@ -29,7 +29,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     configure(globals())  # before the slow imports: --help and a mistyped key answer at once
 
-import json
+import math
+import mmap
 import os
 import sys
 import time
@@ -37,8 +38,16 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, ModelError, load_checkpoint, next_token_probs, pick_device, pick_dtype
-from prepare import Tokenizer, load_tokenizer, weights_path
+from model import (
+    GPT,
+    ModelError,
+    check_sampling,
+    load_checkpoint,
+    next_token_probs,
+    pick_device,
+    pick_dtype,
+)
+from prepare import TextFiles, Tokenizer, clean, speak_utf8, tokenizer_of, weights_path
 
 # -- what is read --------------------------------------------------------------------------------------------
 
@@ -54,51 +63,38 @@ def find_checkpoint():
     raise UserError(f"there is no {out_dir}/best.pt; train a run first, or name one by --out_dir")
 
 
-def find_tokenizer(checkpoint):
-    """The tokenizer of a checkpoint's weights. Raises UserError where nothing says which one that is.
-
-    Ours say it themselves, nanoGPT's by the name of the dataset. Weights from elsewhere have GPT-2's, if they
-    are large enough for it.
-    """
-    size = checkpoint["model_args"]["vocab_size"]
-    path = Path("data", checkpoint.get("config", {}).get("dataset", ""), "meta.json")
-    if "meta" in checkpoint:
-        meta = checkpoint["meta"]
-    elif path.is_file():
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    elif size >= 50257:
-        meta = {"tokenizer": {"type": "gpt2"}}
-    elif "config" in checkpoint:
-        raise UserError(f"the checkpoint does not hold its tokenizer; prepare its dataset, for {path}")
-    else:
-        raise UserError("the checkpoint does not hold its tokenizer, and its vocabulary is not GPT-2's")
-    tokenizer = load_tokenizer(meta)
-    if tokenizer.vocab_size > size:
-        raise UserError(f"the model's vocabulary of {size} is not that of its tokenizer")
-    return tokenizer
-
-
 def prompts():
-    """The one that start is, that of a file, or, for "-", each line of standard input."""
-    if start.startswith("FILE:"):
-        yield Path(start[5:]).read_text(encoding="utf-8")
+    """The one that start is, that of a file, or, for "-", each line of standard input. Raises UserError."""
+    if start is None:
+        yield ""
+    elif start.startswith("FILE:"):
+        yield "".join(TextFiles([]).read_text(Path(start[5:]).expanduser()))  # checked as a corpus is
     elif start != "-":
         yield start
     else:
         ask = "> " if sys.stdin.isatty() else ""
         print(ask, end="", file=sys.stderr, flush=True)
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # clean refuses other bytes
         for line in sys.stdin:
-            yield line.rstrip("\n")
+            yield line.rstrip("\r\n")
             print(ask, end="", file=sys.stderr, flush=True)
 
 
-def encode_prompt(model, tokenizer, prompt):
-    """The prompt's last block_size token IDs, or end-of-text where it has none. Raises UserError."""
-    ids = tokenizer.encode(prompt) or [tokenizer.end_of_text or 0]
-    longest = model.config.block_size
+def crop(ids, longest):
+    """The last token IDs of a prompt, as many as the model can look at."""
     if len(ids) > longest:
         print(f"the prompt is cropped to its last {longest} of {len(ids)} tokens", file=sys.stderr)
     return ids[-longest:]
+
+
+def first_token(tokenizer):
+    """What a text may begin after: end-of-text, else a newline, else the vocabulary's first token."""
+    if tokenizer.end_of_text is not None:
+        return tokenizer.end_of_text
+    try:
+        return tokenizer.encode("\n")[0]
+    except UserError:  # no newline in the vocabulary
+        return 0
 
 
 # -- what is written -----------------------------------------------------------------------------------------
@@ -150,9 +146,9 @@ class TextStream:
 
 
 @torch.no_grad()
-def print_probs(model, tokenizer, prompt, device):
+def print_probs(model, tokenizer, ids, device):
     """Print what may come after a prompt: the ten likeliest tokens, their probabilities, and bars."""
-    idx = torch.tensor([encode_prompt(model, tokenizer, prompt)], device=device)  # (1, T)
+    idx = torch.tensor([ids], device=device)  # (1, T)
     logits = model(idx)[0][:, -1, : tokenizer.vocab_size]  # (1, V)
     temperatures = (0.5, 1.0, 1.5)
     probs = [next_token_probs(logits, t)[0] for t in temperatures]  # each (V,)
@@ -164,9 +160,8 @@ def print_probs(model, tokenizer, prompt, device):
         print(repr(tokenizer.decode([token])))
 
 
-def complete(model, tokenizer, prompt, generator):
-    """Print num_samples continuations of a prompt, made as one batch, the first one as it comes."""
-    ids = encode_prompt(model, tokenizer, prompt)
+def complete(model, tokenizer, prompt, ids, generator):
+    """Print num_samples continuations of a prompt's IDs, made as one batch, the first one as it comes."""
     idx = torch.tensor([ids] * num_samples, device=generator.device)  # (B, T)
     sampling = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
     streams = [TextStream(tokenizer, ids, stop) for _ in range(num_samples)]
@@ -184,7 +179,8 @@ def complete(model, tokenizer, prompt, generator):
     seconds = time.perf_counter() - started
     print(streams[0].end(), flush=True)
     for text, stream in zip(texts[1:], streams[1:], strict=True):
-        print(f"---\n{prompt}", end="", file=sys.stderr, flush=True)
+        print("---", flush=True)  # in a file too, samples must not run together
+        print(prompt, end="", file=sys.stderr, flush=True)
         print(text + stream.end(), flush=True)
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
@@ -212,36 +208,67 @@ def optimize_for_generation(model, num_samples, compiled):
 
 
 def check_settings():
-    """Raises UserError where a setting cannot work."""
-    for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("temperature", 0), ("seed", 0)):
+    """Raises UserError or ModelError where a setting cannot work."""
+    for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("seed", 0)):
         if not least <= globals()[name] < 2**63:
             raise UserError(f"{name} cannot be {globals()[name]}")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
+    check_sampling(temperature, top_k, top_p)
+
+
+def check_memory(model):
+    """Raises UserError where num_samples would need more than half of the machine's memory."""
+    config = model.config
+    # float32 numbers a sample: keys and values, some copies of its logits, and its text
+    numbers = 2 * config.n_layer * config.n_embd * config.block_size + 8 * config.vocab_size + 1000
+    needed = 4 * num_samples * numbers
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows does not say
+    if needed > pages * mmap.PAGESIZE / 2:
+        raise UserError(f"{num_samples=} need {needed >> 30:,} GB of memory")
+
+
+def check_stop(tokenizer):
+    """Raises UserError where the tokenizer can never write the text of stop."""
+    text = stop or ""
+    lost = set(text) - set(tokenizer.decode(tokenizer.encode(text))) - {" "}
+    if lost:
+        raise UserError(f"--stop={stop!r} never comes: this vocabulary cannot write {min(lost)!r}")
 
 
 def main():
+    speak_utf8()
     check_settings()
     use_device = pick_device(device)
-    checkpoint = load_checkpoint(find_checkpoint())
+    path = find_checkpoint()
+    checkpoint = load_checkpoint(path)
+    tokenizer = tokenizer_of(path, checkpoint)
+    if tokenizer.vocab_size > checkpoint["model_args"]["vocab_size"]:
+        raise UserError(f"{path}: its tokenizer has more IDs than the model, so they do not belong together")
+    check_stop(tokenizer)
     model = GPT.from_checkpoint(checkpoint)
-    tokenizer = find_tokenizer(checkpoint)
     model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
+    check_memory(model)
     optimize_for_generation(model, num_samples, compile is True)
-    generator = torch.Generator(use_device).manual_seed(seed)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    source = path
+    if "step" in checkpoint:
+        source += f": step {checkpoint['step']}, best validation loss {checkpoint['best_val_loss']:.4f}"
     for prompt in prompts():
         try:
-            if show_probs:
-                print_probs(model, tokenizer, prompt, use_device)
-            else:
-                complete(model, tokenizer, prompt, generator)
+            prompt = clean(prompt)
+            ids = tokenizer.encode(prompt) or [first_token(tokenizer)]
         except UserError as error:  # the prompt has a character that the model does not know
             if start != "-":
                 raise UserError(f"{error}; choose another --start than {prompt!r:.40}") from None
             print(error, file=sys.stderr)  # the next line may do better
+            continue
+        if source:
+            print(source, file=sys.stderr)
+            source = ""  # once is enough
+        ids = crop(ids, model.config.block_size)
+        if show_probs:
+            print_probs(model, tokenizer, ids, use_device)
+        else:
+            generator = torch.Generator(use_device).manual_seed(seed)  # a prompt's text depends on no other
+            complete(model, tokenizer, prompt, ids, generator)
 
 
 if __name__ == "__main__":
@@ -249,7 +276,5 @@ if __name__ == "__main__":
         main()
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UnicodeDecodeError as error:
-        sys.exit(f"sample.py: the prompt is not UTF-8: {error}")
     except (ModelError, OSError, UserError) as error:
         sys.exit(f"sample.py: {error}")

@@ -18,6 +18,7 @@ eval_interval = 2000  # steps between evaluations, each with a checkpoint
 log_interval = 1  # steps between lines of training loss
 eval_iters = 200  # batches of each split in an evaluation, evenly spaced; 0: the whole split
 eval_only = False  # evaluate once and stop; nothing is written
+patience: int | None = None  # stop after so many evaluations in a row without a better one
 always_save_checkpoint = True  # False: ckpt.pt only when the validation loss improves (or on a signal)
 init_from = "scratch"  # scratch, resume, auto (resume if there is a run), gpt2 and its sizes, or a checkpoint
 # data
@@ -83,7 +84,6 @@ import os
 import shlex
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -95,49 +95,20 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import GPT, GPTConfig, ModelError, load_checkpoint, pick_device, pick_dtype
-from prepare import load_tokenizer, weights_path
+from model import GPT, GPTConfig, ModelError, load_checkpoint, pick_device, pick_dtype, value_or
+from prepare import load_dataset, load_tokenizer, speak_utf8, tokenizer_of, weights_path, write_file
 
 # which of the processes this one is, as torchrun says: of all, and of this machine's
 rank = int(os.environ.get("RANK", 0))
 local_rank = int(os.environ.get("LOCAL_RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 
-# one thread writes checkpoints, one after the other, while training goes on
-checkpoint_writer = ThreadPoolExecutor(max_workers=1)
-
 # -- data ----------------------------------------------------------------------------------------------------
 
 
-def load_dataset(name):
-    """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, and meta.json. Raises UserError."""
-    folder = Path("data", name)
-    if not (folder / "train.bin").is_file():
-        raise UserError(f"{folder} is not prepared; run python prepare.py {name}, or YOUR_TEXT --name={name}")
-    meta = {"dataset": name, "tokenizer": {"type": "gpt2"}, "vocab_size": 50257}
-    if (folder / "meta.json").is_file():
-        try:
-            meta |= json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{folder}/meta.json is damaged ({error}); run prepare.py again") from None
-    else:
-        print(f"{folder} has no meta.json: taken for GPT-2 token IDs", file=sys.stderr)
-    splits = []
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        size = path.stat().st_size if path.is_file() else 0  # two bytes a token
-        if not 0 < size == 2 * meta.get(f"{split}_tokens", size // 2):
-            raise UserError(f"{path} is missing, empty or truncated ({size} bytes); run prepare.py again")
-        data = np.memmap(path, dtype="<u2", mode="r")
-        if len(data) <= block_size:
-            raise UserError(f"{path} has {len(data)} tokens, too few for {block_size=}; prepare more text")
-        splits.append(data)
-    return *splits, meta
-
-
 def count_windows(tokens, block_size, stride):
-    """How many windows of block_size + 1 tokens (inputs and the last target) start every stride tokens."""
-    return max(0, (tokens - 1 - block_size) // stride + 1)
+    """How many windows of block_size + 1 tokens (inputs and the last target), one every stride, take all."""
+    return math.ceil((tokens - 1 - block_size) / stride) + 1
 
 
 def batch_starts(step, rows, tokens, block_size, seed, stride=None):
@@ -160,21 +131,23 @@ def shuffled(n, seed, epoch):
 
 
 def eval_starts(tokens, block_size, rows):
-    """Starts of rows evenly spaced windows without overlap; of all there are if rows is 0 or too many."""
-    starts = np.arange(count_windows(tokens, block_size, block_size)) * block_size
-    if 0 < rows < len(starts):
-        starts = starts[np.linspace(0, len(starts) - 1, rows).round().astype(int)]
-    return starts
+    """Starts of rows evenly spaced windows without overlap; if rows is 0, of so many that they take all."""
+    if rows == 0:
+        return np.arange(count_windows(tokens, block_size, block_size)) * block_size
+    n = (tokens - 1) // block_size
+    return np.linspace(0, n - 1, min(rows, n)).round().astype(int) * block_size
 
 
 def get_batch(data, starts, block_size, device):
-    """The windows at starts, (B, T) int64, and the same one token later: inputs and targets."""
-    windows = data[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1) uint16
-    batch = torch.from_numpy(windows.astype(np.int64))
-    if device.startswith("cuda"):
-        batch = batch.pin_memory()  # so that nothing waits for the copy to the GPU
-    batch = batch.to(device, non_blocking=True)
-    return batch[:, :-1], batch[:, 1:]
+    """The windows at starts, (B, T) int64, and the same one token later: inputs and targets.
+
+    Where a window goes on behind the last token, its targets are -1, which no loss counts.
+    """
+    places = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    windows = np.take(data, places, mode="clip").astype(np.int64)
+    windows[places >= len(data)] = -1
+    batch = torch.from_numpy(windows).to(device)
+    return batch[:, :-1].clamp(min=0), batch[:, 1:]
 
 
 # -- pieces of the loop --------------------------------------------------------------------------------------
@@ -215,14 +188,17 @@ def evaluate(model, data, device, autocast):
     """Mean loss over eval_iters batches of a split, shared out over the processes; all get the same."""
     model.eval()  # no dropout
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
-    loss_sum = 0.0
+    loss_sum, count = 0.0, 0
     for i in range(rank * batch_size, len(starts), world_size * batch_size):
         x, y = get_batch(data, starts[i : i + batch_size], block_size, device)
         with autocast:
             loss = model(x, y)[1]
-        loss_sum += loss.item() * len(x)
+        predicted = (y >= 0).sum().item()
+        loss_sum += loss.item() * predicted
+        count += predicted
     model.train()
-    return sum_over_processes([loss_sum], device)[0] / len(starts)
+    loss_sum, count = sum_over_processes([loss_sum, count], device)
+    return loss_sum / count
 
 
 def sample_text(model, tokenizer, prompt, device):
@@ -236,7 +212,9 @@ def sample_text(model, tokenizer, prompt, device):
 
 
 def warn(message):
-    tqdm.write(f"train.py: {message}", file=sys.stderr)
+    """Say on standard error what does not end the run, from process 0 alone."""
+    if rank == 0:
+        tqdm.write(f"train.py: {message}", file=sys.stderr)
 
 
 def print0(line):
@@ -253,22 +231,12 @@ def print0(line):
 
 
 def write_or_warn(path, content):
-    """Write a file so that the path holds the complete old file or the complete new one at any moment.
-
-    Returns False where that fails, and says so. Training goes on, because space may be freed.
-    """
-    partial = path.with_name(path.name + ".partial")
+    """Whether a file could be written. Training goes on where it could not, because space may be freed."""
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # onto the disk, before it gets its name
-        os.replace(partial, path)
+        write_file(path, content)
         return True
     except OSError as error:
         warn(f"{path} not written, what was there stays: {error.strerror}")
-        with suppress(OSError):
-            partial.unlink()
         return False
 
 
@@ -293,9 +261,11 @@ class Metrics:
         self.path.touch()
         kept = b""
         for text in self.path.read_bytes().splitlines(keepends=True):
-            with suppress(ValueError):  # a line that a kill cut short
+            with suppress(KeyError, TypeError, ValueError):  # a line that a kill cut short, or another's
                 line = json.loads(text)
-                if line["step"] < step:
+                # an evaluation of that very step stays too, where it is not one that is made again
+                stays = "val_loss" in line and step % eval_interval > 0
+                if line["step"] < step + stays:
                     self.lines.append(line)
                     kept += text
         write_or_warn(self.path, kept)
@@ -337,13 +307,14 @@ AT_LEAST_1 = (
     "gradient_accumulation_steps",
     "batch_size",
     "stride",
+    "patience",
     "dist_timeout",
 )
 # numbers with an upper limit, which they must stay below
 BELOW = {"beta1": 1, "beta2": 1, "seed": 2**63}
 
-# settings that cannot change under the weights of a checkpoint or, when resuming, its optimizer's state
-FIXED = {
+# settings that come with the weights of a checkpoint, and cannot change under them
+ARCHITECTURE = {
     "block_size",
     "n_layer",
     "n_head",
@@ -354,8 +325,16 @@ FIXED = {
     "activation",
     "position",
     "qk_norm",
-    "optimizer",
 }
+# settings that follow another where they are None, and do so again where a resumed run is given the other
+FOLLOWS = {
+    "embd_dropout": "dropout",
+    "attn_dropout": "dropout",
+    "resid_dropout": "dropout",
+    "min_lr": "learning_rate",
+}
+# what the best validation loss belongs to, besides the data
+MEASURED_BY = ("eval_iters", "batch_size", "dtype")
 
 
 def check_settings(given):
@@ -365,9 +344,7 @@ def check_settings(given):
         if isinstance(value, int | float) and not least <= value < limit:
             raise UserError(f"{name} must be at least {least} and less than {limit}, not {value}")
     if "max_iters" in given and max_epochs is not None:
-        raise UserError(
-            f"max_iters={max_iters} or max_epochs={max_epochs}? The former needs --max_epochs=None"
-        )
+        raise UserError(f"max_iters or {max_epochs=}? The former needs --max_epochs=None")
     if stride is not None and data_order != "epoch":
         raise UserError("stride has a meaning with --data_order=epoch alone")
     if gradient_accumulation_steps % world_size != 0:
@@ -375,30 +352,49 @@ def check_settings(given):
 
 
 def load_start(run, given):
-    """The checkpoint to start from, or None, and whether it is the run's own, to be resumed.
+    """The checkpoint to start from and its path, or None, and whether it is the run's own, to be resumed.
 
-    Settings that are not given become the checkpoint's: those of the model, and in a resumed run all of them.
+    Settings that are not given become the checkpoint's: the architecture, and in a resumed run all of them.
     Raises UserError where a setting that is given does not fit the checkpoint.
     """
     path = run / "ckpt.pt"
     resume = init_from == "resume" or (init_from == "auto" and path.exists())
-    if path.exists() and not resume and not eval_only:
+    begun = path.exists() or (run / "best.pt").exists()
+    if begun and not resume and not eval_only:
         raise UserError(f"{run} holds a run: add --init_from=resume, choose another --out_dir, or delete it")
     if not resume and init_from in ("scratch", "auto"):
-        return None, False
-    checkpoint = load_checkpoint(str(path) if resume else weights_path(init_from))
+        return None, None, False
+    weights = str(path) if resume else weights_path(init_from)
+    checkpoint = load_checkpoint(weights)
     saved = asdict(GPTConfig()) | checkpoint["model_args"]
+    taken, fixed = ARCHITECTURE, ARCHITECTURE
     if resume:
-        if not {"optimizer", "step", "config", "meta"} <= checkpoint.keys():
+        if not {"optimizer", "scaler", "step", "tokens", "seconds", "config", "meta"} <= checkpoint.keys():
             raise UserError(f"{path} is no run to resume; take its weights by --init_from={path}")
         saved = checkpoint["config"] | saved
-    for name in sorted(given.keys() & saved.keys() & FIXED):
+        taken = read_settings(globals()).keys() - {"out_dir", "init_from"}
+        fixed = ARCHITECTURE | {"optimizer"}  # which has a state
+    for name in sorted(given.keys() & saved.keys() & fixed):
         shorter_context = name == "block_size" and not resume and given[name] < saved[name]
         if given[name] != saved[name] and not shorter_context:
             raise UserError(f"{name}={given[name]!r}, but the checkpoint has {name}={saved[name]!r}")
-    for name in saved.keys() & read_settings(globals()).keys() - given.keys() - {"out_dir", "init_from"}:
-        globals()[name] = saved[name]
-    return checkpoint, resume
+    for name in saved.keys() & taken - given.keys():
+        followed = FOLLOWS.get(name)
+        if followed not in given or given[followed] == saved[followed]:
+            globals()[name] = saved[name]
+    return checkpoint, weights, resume
+
+
+def loss_to_beat(run, meta):
+    """The validation loss of best.pt, where it was measured on this data in this way; else infinity."""
+    path = run / "best.pt"
+    if not path.exists():
+        return math.inf
+    best = load_checkpoint(str(path))
+    if best["meta"] == meta and all(best["config"][name] == globals()[name] for name in MEASURED_BY):
+        return best["best_val_loss"]
+    warn(f"{path} was measured on other data or in another way: the next evaluation replaces it")
+    return math.inf
 
 
 stop_requested = 0.0  # when the first signal came, by time.monotonic(); 0 while none has
@@ -418,9 +414,7 @@ def on_signal(number, _frame):
 
 def resume_command():
     """What to type to go on with this run; on several machines, with torchrun's other flags as before."""
-    launch = "python"
-    if world_size > 1:
-        launch = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    launch = "python" if world_size == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
     return f"{launch} {shlex.join(['train.py', *sys.argv[1:], '--init_from=resume'])}"
 
 
@@ -429,17 +423,17 @@ def resume_command():
 
 def join_processes(device_type):
     """Connect this process with the others of torchrun; returns its own device. Raises UserError."""
-    if device_type == "mps":
-        raise UserError("several processes need CUDA or the CPU, not mps; use --device=cpu")
-    own_device = device_type
-    chosen = backend
-    if backend == "auto":
-        chosen = "nccl" if device_type == "cuda" else "gloo"
+    own_device, chosen = device_type, "gloo"
     if device_type == "cuda":
-        own_device = f"cuda:{local_rank}"
+        own_device, chosen = f"cuda:{local_rank}", "nccl"
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{own_device} is not there: start {torch.cuda.device_count()} processes at most")
-    dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
+            raise UserError(f"there is no {own_device}: start a process for each GPU at most")
+    if backend != "auto":
+        chosen = backend
+    try:
+        dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
+    except ValueError as error:  # one of torchrun's variables is set, and another is not
+        raise UserError(f"{error}; several processes are started by torchrun") from None
     return own_device
 
 
@@ -479,15 +473,18 @@ def build_model(checkpoint, config, meta):
 def main(given):
     """The whole run. given: the settings that are not left at their defaults, as configure returns them."""
     # -- what is given: a checkpoint to start from, settings, a dataset
+    speak_utf8()
     run = Path(out_dir)
-    checkpoint, resume = load_start(run, given)
+    checkpoint, weights, resume = load_start(run, given)
     check_settings(given)
     config = {name: globals()[name] for name in read_settings(globals())}
-    train_data, val_data, meta = load_dataset(dataset)
-    if checkpoint and checkpoint.get("meta", meta)["tokenizer"] != meta["tokenizer"]:
+    train_data, val_data, meta = load_dataset(
+        dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"]
+    )
+    if checkpoint and tokenizer_of(weights, checkpoint).meta != meta["tokenizer"]:
         raise UserError(
-            f"data/{dataset} has another tokenizer than the checkpoint; "
-            f"use --dataset={checkpoint['meta'].get('dataset')}"
+            f"data/{dataset} has another tokenizer than the weights; prepare your text with theirs: "
+            f"python prepare.py TEXT --tokenizer={weights} --name=NAME, then --dataset=NAME"
         )
 
     # -- the machine
@@ -509,22 +506,24 @@ def main(given):
     scaler = torch.amp.GradScaler(device_type, enabled=use_dtype == "float16")
 
     # -- the model and its optimizers
-    model = build_model(checkpoint, config, meta)
-    # an ID that the model does not know would crash a GPU without a word; rank 0 reads the files for all
-    for data in (train_data, val_data):
-        if rank == 0 and data.max() >= model.config.vocab_size:
-            raise UserError(f"{data.filename} has the ID {data.max()}, but {model.config.vocab_size=}")
-    model.to(use_device).train()
+    model = build_model(checkpoint, config, meta).to(use_device).train()
     optimizers = model.configure_optimizers(
         weight_decay,
         learning_rate,
         (beta1, beta2),
         muon_learning_rate if optimizer == "muon" else None,
     )
-    step, tokens, seconds, best_val_loss = 0, 0, 0.0, math.inf
+    step, tokens, seconds, best_val_loss, waited = 0, 0, 0.0, math.inf, 0
     if resume:
         step, tokens, seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
-        best_val_loss = checkpoint["best_val_loss"]
+        waited = checkpoint.get("evaluations_since_best", 0)
+        best_val_loss = loss_to_beat(run, meta)
+        before = checkpoint["config"]
+        for name in sorted(given.keys() & before.keys() - {"init_from", "out_dir"}):
+            if given[name] != before[name]:
+                warn(f"from here on {name}={given[name]!r}, not {before[name]!r}")
+        if checkpoint["meta"] != meta:
+            warn(f"data/{dataset} is not what the run has read so far: it goes on with other data")
         for opt, state in zip(optimizers, checkpoint["optimizer"], strict=True):
             # what is given now wins over what was saved
             opt.load_state_dict(state | {"param_groups": opt.state_dict()["param_groups"]})
@@ -533,7 +532,7 @@ def main(given):
     peaks = [group["lr"] for group in groups]  # of the learning rates, before the schedule moves them
     del checkpoint  # give its memory back
     if sum_over_processes([step], use_device)[0] != step * world_size:
-        raise UserError(f"not every machine finds the same checkpoint in {run}: all must share that folder")
+        raise UserError("not every machine finds the same checkpoint: all must share the folder out_dir")
     compiled = model
     if compile is True or (compile == "auto" and device_type == "cuda"):
         compiled = torch.compile(model)
@@ -545,34 +544,32 @@ def main(given):
     steps_per_epoch = count_windows(len(train_data), block_size, window_stride) // rows
     if steps_per_epoch == 0 and (data_order == "epoch" or max_epochs):
         raise UserError(f"a step of {rows} windows is more than data/{dataset}/train.bin holds")
-    if data_order == "random":
-        window_stride = None  # a window may start anywhere
     last_step = max_iters if max_epochs is None else max_epochs * steps_per_epoch
-    decay_step = last_step if lr_decay_iters is None else lr_decay_iters
-    lowest_lr = min_lr
-    if min_lr is None:
-        lowest_lr = 0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10
+    decay_step = value_or(lr_decay_iters, last_step)
+    lowest_lr = value_or(min_lr, 0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10)
 
     # -- what comes out
-    writes = rank == 0 and not eval_only
-    metrics = Metrics(run, step) if writes else None
     prompt = []
     if rank == 0 and sample_prompt != "":
         tokenizer = load_tokenizer(meta)
         prompt = tokenizer.encode(sample_prompt or "") or val_data[:8].tolist()
+    metrics = Metrics(run, step) if rank == 0 and not eval_only else None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     print0(
         f"{model.num_params():,} parameters on {use_device}, {use_dtype}\n"
-        f"from step {step} to {last_step}, {rows * block_size:,} tokens a step"
+        f"from step {step} to {last_step}, {rows * block_size:,} tokens a step, of {train_data.filename}"
     )
-    bar = tqdm(total=last_step, initial=step, unit="step", disable=None if writes else True)
+    if warmup_iters >= last_step > 0:
+        warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
+    bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
 
     # -- the loop: evaluate, save, step, log
-    lr, stopping = learning_rate, False
-    logged_step, logged_seconds = step, seconds
+    stopping = False
+    first_step = logged_step = step
+    logged_seconds = seconds
     flops_per_token = model.flops_per_token()
-    saving = checkpoint_writer.submit(bool, True)  # a future: was the last checkpoint written?
+    saved = True  # whether the last checkpoint was written
     while True:
         # evaluate: at the start, every eval_interval steps and at the end, on the same windows every time
         improved = False
@@ -582,10 +579,16 @@ def main(given):
             val_loss = evaluate(compiled, val_data, use_device, autocast)
             losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
             print0(f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}")
-            stop_if_not_finite(train_loss + val_loss, f"step {step}: {losses}", lr)
+            stop_if_not_finite(train_loss + val_loss, f"step {step}: {losses}")
             improved = val_loss < best_val_loss
-            best_val_loss = min(val_loss, best_val_loss)
-            if writes:
+            if improved:
+                best_val_loss, waited = val_loss, 0
+            elif step > first_step:  # a resumed run has counted this one already
+                waited += 1
+            if patience is not None and waited >= patience:
+                print0("patience is at its end: no better validation loss for so many evaluations")
+                last_step = step
+            if metrics:
                 metrics.log(
                     step=step, train_loss=train_loss, val_loss=val_loss, tokens=tokens, seconds=seconds
                 )
@@ -596,9 +599,8 @@ def main(given):
         # save, and never weights that are not finite
         if improved or stopping or (evaluates and always_save_checkpoint):
             norm = torch.nn.utils.get_total_norm(model.parameters()).item()
-            stop_if_not_finite(norm, f"step {step}: weights that are not finite", lr)
-            if writes:
-                saving.result()  # what is still being written takes as much memory again
+            stop_if_not_finite(norm, f"step {step}: weights that are not finite")
+            if metrics:
                 state = {
                     "model": model.state_dict(),
                     "model_args": asdict(model.config),
@@ -608,13 +610,13 @@ def main(given):
                     "tokens": tokens,
                     "seconds": seconds,
                     "best_val_loss": best_val_loss,
+                    "evaluations_since_best": waited,
                 }
-                # copied to memory here, and written while training goes on; best.pt needs no optimizer
-                if improved:
-                    checkpoint_writer.submit(write_or_warn, run / "best.pt", serialize(state))
+                if improved:  # best.pt needs no optimizer
+                    write_or_warn(run / "best.pt", serialize(state))
                 state["optimizer"] = [opt.state_dict() for opt in optimizers]
                 state["scaler"] = scaler.state_dict()
-                saving = checkpoint_writer.submit(write_or_warn, run / "ckpt.pt", serialize(state))
+                saved = write_or_warn(run / "ckpt.pt", serialize(state))
         if step >= last_step or stopping or eval_only:
             break
 
@@ -624,8 +626,9 @@ def main(given):
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * lr / (learning_rate or 1)  # Muon's follows the curve of AdamW's
         # each process draws another dropout, and no random state has to be saved
-        torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
-        starts = batch_starts(step, rows, len(train_data), block_size, seed, window_stride)
+        torch.manual_seed(np.random.default_rng((seed, step, rank)).integers(2**63))
+        apart = window_stride if data_order == "epoch" else None  # None: a window may start anywhere
+        starts = batch_starts(step, rows, len(train_data), block_size, seed, apart)
         micro_batches = starts.reshape(-1, batch_size)[rank::world_size]  # this process's share
         loss_sum = torch.zeros((), device=use_device)
         for i, micro_batch in enumerate(micro_batches):
@@ -652,18 +655,19 @@ def main(given):
         # log; several processes agree on a stop only here
         logs = (step - 1) % log_interval == 0 or (stop_requested and world_size == 1)
         if logs:
-            numbers = [loss_sum.item() / world_size, bool(stop_requested)]
-            mean_loss, stopping = sum_over_processes(numbers, use_device)
+            mean_loss, stopping = sum_over_processes(
+                [loss_sum.item() / world_size, bool(stop_requested)], use_device
+            )
         seconds += time.perf_counter() - started
         if logs:
             norm = grad_norm.item()
             speed = (step - logged_step) * rows * block_size / (seconds - logged_seconds)  # tokens a second
-            stop_if_not_finite(mean_loss, f"iter {step - 1}: loss {mean_loss}, gradient norm {norm}", lr)
+            stop_if_not_finite(mean_loss, f"iter {step - 1}: loss {mean_loss}, gradient norm {norm}")
             print0(
                 f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, "
                 f"{speed:,.0f} tokens/s, {speed * flops_per_token / 1e12:.3g} TFLOP/s"
             )
-            if writes:
+            if metrics:
                 metrics.log(
                     step=step - 1,
                     loss=mean_loss,
@@ -676,24 +680,22 @@ def main(given):
             logged_step, logged_seconds = step, seconds
 
     # -- the end
-    if not saving.result():
-        raise UserError(f"the end of the run is lost: {run}/ckpt.pt could not be written")
+    if not saved:
+        raise UserError("the end of the run is lost, for ckpt.pt could not be written")
     if stopping:
         print0(f"stopped after {step} steps, saved; go on with: {resume_command()}")
     elif not eval_only:
-        print0(f"{seconds:.0f} s of training; now: python sample.py --out_dir={out_dir}")
+        print0(f"{seconds:.0f} s of training; now: python sample.py --out_dir={shlex.quote(out_dir)}")
     if world_size > 1:
         del parallel  # DDP holds the process group, whose threads would outlive the interpreter and abort it
         gc.collect()
         dist.destroy_process_group()
 
 
-def stop_if_not_finite(number, what, lr):
+def stop_if_not_finite(number, what):
     """Raises UserError where a number is not finite. The weights of a checkpoint always are."""
     if not math.isfinite(number):
-        raise UserError(
-            f"{what} at learning rate {lr:.3g}; go on from {out_dir}/ckpt.pt with a lower --learning_rate"
-        )
+        raise UserError(f"{what}; is the learning rate too high? {out_dir}/ckpt.pt is as it was before")
 
 
 def end(message):
@@ -701,8 +703,7 @@ def end(message):
     # the first process of a machine speaks first; torchrun ends the others before they say the same
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2 * local_rank)
-    warn(message)
-    checkpoint_writer.shutdown()
+    print(f"train.py: {message}", file=sys.stderr)
     if world_size > 1:
         os._exit(1)  # an orderly end would wait for a process that is lost
     sys.exit(1)
@@ -712,7 +713,7 @@ if __name__ == "__main__":
     try:
         main(given)
     except (ModelError, UserError) as error:
-        end(str(error))
+        end(error)
     except ImportError as error:
         end(f"{error}; pip install {error.name}")
     except OSError as error:

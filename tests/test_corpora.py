@@ -42,7 +42,8 @@ def bins(folder):
 
 
 def expected_bins(tokenizer, documents, val_fraction=0.1):
-    """What the .bin files must hold, from whole texts, by the plain rule."""
+    """What the .bin files must hold, from whole texts, by the plain rule: blank documents are none."""
+    documents = [text for text in documents if text.strip()]
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - val_fraction))
         ids = {
@@ -152,8 +153,9 @@ def test_one_large_text_through_threads(tmp_path, kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         tokenizer = prepare.load_tokenizer(meta)
-    assert bins(tmp_path / "data" / "big") == expected_bins(tokenizer, [text], 0.6)
-    assert f"1 documents, {len(text):,} characters" in done.stdout
+    documents = text.replace("\r\n", "\n").split(prepare.END_OF_TEXT)  # which ends one, wherever it stands
+    assert bins(tmp_path / "data" / "big") == expected_bins(tokenizer, documents, 0.6)
+    assert f"101 documents, {sum(map(len, documents)):,} characters" in done.stdout
 
 
 @needs_mirror
@@ -162,6 +164,7 @@ def test_many_documents_through_threads_in_order(tmp_path, gpt2):
     sizes = [0, 1, 2_500_000] + [rng.choice([10, 1000, 100_000]) for _ in range(200)]
     ends = np.cumsum(sizes).tolist()
     documents = [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    documents = [text for text in documents if text.strip()] + [""]  # which is none
     assert sum(map(len, documents)) > 4 * MB
     (tmp_path / "docs").mkdir()
     for i, text in enumerate(documents):
@@ -171,7 +174,10 @@ def test_many_documents_through_threads_in_order(tmp_path, gpt2):
     assert bins(tmp_path / "data" / "docs") == expected
     tokens = [len(expected[name]) // 2 for name in ("train.bin", "val.bin")]
     each = sum(map(len, documents)) / sum(tokens)
-    assert f"203 documents, {sum(map(len, documents)):,} characters, {each:.2f} a token" in done.stdout
+    assert (
+        f"{len(documents) - 1} documents, {sum(map(len, documents)):,} characters, {each:.2f} a token"
+        in done.stdout
+    )
     assert f"{tokens[0]:,} train (" in done.stdout and f"{tokens[1]:,} validation tokens (" in done.stdout
 
 
@@ -503,5 +509,6 @@ def test_token_ids_of_others_become_text(workdir):
     args = ["--out_dir=out/bare", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
     offline = {"HTTPS_PROXY": "http://127.0.0.1:9", "PLAINGPT_MIRROR": "", "NO_PROXY": ""}
     done = run("sample.py", *args, cwd=workdir, check=False, env=offline)
-    assert done.returncode and done.stderr.startswith("sample.py: cannot download https://openaipublic")
+    assert done.returncode
+    assert done.stderr.splitlines()[-1].startswith("sample.py: cannot download https://openaipublic")
     assert run("sample.py", *args, cwd=workdir).stdout

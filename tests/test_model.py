@@ -1,6 +1,7 @@
 """The GPT: published numbers, fused against spelled-out attention, generation, checkpoints."""
 
 import dataclasses
+import math
 import os
 import pickle
 import shutil
@@ -360,9 +361,67 @@ def test_stop_ends_each_sequence_and_then_all():
         assert (stopped[row, end:] == stop).all()
 
 
-def test_no_prompt_is_refused():
+@pytest.mark.parametrize(
+    "prompt",
+    [torch.empty(1, 0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3)],
+    ids=["no token", "no batch", "floats"],
+)
+def test_what_is_no_prompt_is_refused(prompt):
     with pytest.raises(ValueError, match="prompt"):
-        small().generate(torch.empty(1, 0, dtype=torch.int64), 1)
+        small().generate(prompt, 1)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"slide": 0},
+        {"slide": 17},
+    ],
+    ids=str,
+)
+def test_sampling_that_makes_no_sense_is_refused(sampling):
+    with pytest.raises(ValueError, match=next(iter(sampling))):
+        small().generate(tokens(1, 3), 1, **sampling)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-20, 1e-6])
+def test_the_smallest_temperatures_are_greedy(temperature):
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1e30]])
+    assert next_token_probs(logits, temperature).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.5, 0.6, 0.8, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "probs", [[0.3, 0.1, 0.1, 0.5], [0.25] * 4, [0.5, 0.5, 0.0, 0.0], [0.6, 0.2, 0.15, 0.05]]
+)
+def test_top_p_keeps_as_many_as_hugging_face(probs, top_p):
+    """Ties and sums that meet top_p exactly included."""
+    transformers = pytest.importorskip("transformers")
+    logits = torch.tensor([probs]).log()
+    theirs = transformers.TopPLogitsWarper(top_p)(None, logits.clone()).softmax(-1)
+    ours = next_token_probs(logits, top_p=top_p)
+    torch.testing.assert_close(ours.sort().values, theirs.sort().values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"position": "rope", "qk_norm": True}])
+@pytest.mark.parametrize("slide", [1, 2, 5, 16])
+def test_a_full_context_moves_on_by_slide_tokens(changes, slide):
+    """The plain rule: the context grows to block_size, then loses its first slide tokens at once."""
+    model, idx = small(**changes), tokens(2, 10)
+    found = model.generate(idx, 40, 0.9, generator=torch.Generator().manual_seed(3), slide=slide)
+    generator, context = torch.Generator().manual_seed(3), idx
+    for t in range(10, 50):
+        if context.size(1) > 16:
+            context = context[:, slide - 17 :]
+        token = draw(next_token_probs(model(context)[0][:, -1], 0.9), generator)
+        assert torch.equal(token[:, 0], found[:, t])
+        context = torch.cat((context, token), dim=1)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ def test_standard_output_is_the_generated_text_alone(trained, workdir):
     expected = model.generate(torch.tensor([prompt]), 60, temperature=0)[0, len(prompt) :].tolist()
     done = run("sample.py", *ARGS, "--start=The for statement", "--temperature=0", cwd=workdir)
     assert done.stdout == tokenizer.decode(expected) + "\n"
-    assert done.stderr.startswith("The for statement")  # on a terminal, prompt and text are read as one
+    first, rest = done.stderr.split("\n", 1)
+    assert re.fullmatch(r"out/trained/best.pt: step 60, best validation loss \d\.\d{4}", first)
+    assert rest.startswith("The for statement")  # on a terminal, prompt and text are read as one
     assert done.stderr.splitlines()[-1].endswith("tokens/s")
 
 
@@ -62,9 +64,11 @@ def test_seeds_files_and_several_samples(trained, workdir):
         != sampled(workdir, "--start=FILE:prompt.txt", "--seed=2")
     )
     two = sampled(workdir, "--num_samples=2")
-    assert len(two) == 2 * 61 and two[:61] != two[61:]
+    one, other = two.split("---\n")  # in a file they do not run together
+    assert len(one) == len(other) == 61 and one != other
     two = sampled(workdir, "--start=The for statement", "--num_samples=2", "--temperature=0")
-    assert two == 2 * sampled(workdir, "--start=The for statement", "--temperature=0")
+    one = sampled(workdir, "--start=The for statement", "--temperature=0")
+    assert two == f"{one}---\n{one}"
     assert sampled(workdir, "--init_from=out/trained/ckpt.pt") == sampled(workdir)  # best is the latest here
 
 

@@ -14,6 +14,7 @@ from conftest import TINY, metrics, needs_mirror, refused, run, run_on_a_full_di
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import prepare
 import train
 from model import GPT, GPTConfig, Muon
 
@@ -48,6 +49,8 @@ def test_learning_rate_at_its_corners():
 )
 def test_an_epoch_takes_each_window_once(block_size, stride, tokens, rows, seed):
     windows = [s for s in range(0, tokens, stride) if s + block_size + 1 <= tokens]
+    if windows[-1] + block_size + 1 < tokens:
+        windows.append(windows[-1] + stride)  # so that no token is left out
     assert train.count_windows(tokens, block_size, stride) == len(windows)
     steps = len(windows) // rows
     if steps == 0:
@@ -56,6 +59,8 @@ def test_an_epoch_takes_each_window_once(block_size, stride, tokens, rows, seed)
         args = (rows, tokens, block_size, seed, stride)
         seen = np.concatenate([train.batch_starts(epoch * steps + s, *args) for s in range(steps)])
         assert len(seen) == steps * rows == len(set(seen)) and set(seen) <= set(windows)
+    if stride <= block_size:
+        assert set().union(*(range(s, s + block_size + 1) for s in windows)) >= set(range(tokens))
 
 
 def test_random_batches_are_a_function_of_seed_and_step():
@@ -72,6 +77,15 @@ def test_evaluation_windows_are_even_and_cover_the_split():
     some = train.eval_starts(1001, 10, 12)
     assert len(some) == 12 and set(some) <= set(whole) and (some[0], some[-1]) == (0, 990)
     assert np.diff(some).max() - np.diff(some).min() <= 10
+
+
+@settings(max_examples=100)
+@given(tokens=st.integers(20, 200), block_size=st.integers(1, 19))
+def test_the_whole_split_predicts_each_token_once(tokens, block_size):
+    data = np.arange(tokens, dtype=np.uint16)
+    x, y = train.get_batch(data, train.eval_starts(tokens, block_size, 0), block_size, "cpu")
+    assert y[y >= 0].tolist() == list(range(1, tokens))
+    assert torch.equal(x[y >= 0] + 1, y[y >= 0]) and (x >= 0).all()
 
 
 def test_windows_as_published(reference):
@@ -263,13 +277,13 @@ def test_half_precision_compiled_and_constant(workdir):
 
 def test_full_disk_keeps_the_old_checkpoint_and_trains_on(workdir):
     """torch.save fails in the middle."""
-    args = [*TINY, "--max_iters=20", "--out_dir=out/full"]
-    (workdir / "out" / "full").mkdir(parents=True)
-    (workdir / "out" / "full" / "best.pt").write_bytes(b"old")
+    run("train.py", *TINY, "--max_iters=5", "--out_dir=out/full", cwd=workdir)
+    old = (workdir / "out" / "full" / "best.pt").read_bytes()
+    args = ["--init_from=resume", "--max_iters=20", "--out_dir=out/full"]
     done = run_on_a_full_disk(100_000, "train.py", *args, cwd=workdir)
     assert "best.pt not written, what was there stays" in done.stderr and "step 20:" in done.stdout
     assert done.returncode == 1 and "the end of the run is lost" in done.stderr.splitlines()[-1]
-    assert (workdir / "out" / "full" / "best.pt").read_bytes() == b"old"
+    assert (workdir / "out" / "full" / "best.pt").read_bytes() == old
     assert not list((workdir / "out" / "full").glob("*.partial"))
 
 
@@ -280,11 +294,11 @@ def test_the_verdict_before_training_as_published(tmp_path, monkeypatch, referen
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "batch_size", 2)
     monkeypatch.setattr(train, "block_size", 256)
-    monkeypatch.setattr(train, "eval_iters", 0)
-    data, _, meta = train.load_dataset("verdict")
+    monkeypatch.setattr(train, "eval_iters", 9)
+    data, _, meta = prepare.load_dataset("verdict", 256)
     torch.manual_seed(123)
     model = GPT(GPTConfig(**(reference["gpt_124m"]["config"] | {"block_size": 256})))
-    assert meta["vocab_size"] == 50257 and len(train.eval_starts(len(data), 256, 0)) == 18
+    assert meta["vocab_size"] == 50257 and len(train.eval_starts(len(data), 256, 18)) == 18
     loss = train.evaluate(model, data, "cpu", nullcontext())
     assert loss == pytest.approx(reference["loss_before_training"]["the_verdict_train_loss"], abs=1e-5)
 
@@ -316,7 +330,7 @@ def test_mistakes_end_in_one_line(trained, workdir):
         (["n_head=5", "n_embd=32"], "--n_head=5"),
         (["data/cut/val.bin", "truncated"], "--dataset=cut"),
         (["data/short/train.bin", "truncated"], "--dataset=short"),
-        (["data/wild/val.bin", "999", "103"], "--dataset=wild"),
+        (["data/wild/val.bin", "the ID 999"], "--dataset=wild"),
         (["val.bin", "46505", "block_size=50000"], "--block_size=50000"),
         (["40000 windows", "train.bin"], "--data_order=epoch", "--batch_size=40000"),
         (["batch_size", "at least 1"], "--batch_size=0"),
@@ -328,7 +342,7 @@ def test_mistakes_end_in_one_line(trained, workdir):
         (["n_layer=2", "n_layer=3"], "--init_from=resume", "--out_dir=out/trained", "--n_layer=3"),
         (["block_size=64", "block_size=32"], "--init_from=out/trained/ckpt.pt", "--block_size=64"),
         (
-            ["tokenizer", "data/other", "--dataset=pydocs"],
+            ["data/other has another tokenizer", "--tokenizer=out/trained/ckpt.pt"],
             "--init_from=out/trained/ckpt.pt",
             "--dataset=other",
         ),
