@@ -32,11 +32,11 @@ FIELD_CHOICES = {
     "init": ("gpt2", "zero", "torch"),
 }
 FIELD_RANGES = {  # the least value, and what it must stay below
-    "block_size": (1, 1_000_000_000),
-    "vocab_size": (1, 1_000_000_000),
-    "n_layer": (0, 1_000_000_000),
-    "n_head": (1, 1_000_000_000),
-    "n_embd": (1, 1_000_000_000),
+    "block_size": (1, 10_000_000),
+    "vocab_size": (1, 10_000_000),
+    "n_layer": (0, 1000),
+    "n_head": (1, 10_000),
+    "n_embd": (1, 100_000),
     "dropout": (0, 1),
     "embd_dropout": (0, 1),
     "attn_dropout": (0, 1),

@@ -23,10 +23,10 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -111,19 +111,20 @@ UNKNOWN = "<|unk|>"
 MAX_VOCAB = 65536  # what uint16 can count
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
-PIECE = 1 << 20
+PIECE = 1_000_000
 # Threads that tokenize. More than eight would wait for the one that reads.
 THREADS = min(8, os.cpu_count() or 1)
 
-# What is taken for text in a folder, and names without a suffix, as README. A file that is named on the command
-# line may be called anything.
+# What is taken for text in a folder, and names without a suffix, as README. A file that is named on the
+# command line may be called anything.
 SUFFIXES = (
     ".txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .yaml .yml .toml .ini .sh .sql "
     ".py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
 ).split()
 
-# Bytes that no text has: control characters, but for tabs, line ends, escapes and separators.
-NO_TEXT = {*range(8), *range(14, 27)}
+# What no UTF-8 text has in it: the beginning of a PDF, UTF-16's byte order mark, control characters but for
+# tabs, line ends, escapes and separators.
+NO_TEXT = re.compile(rb"\A(?:%PDF|\xff\xfe|\xfe\xff)|[\0-\x07\x0e-\x1a]")
 
 # Of GPT-2's vocabulary, in the order of the IDs, a line each: by this it is recognized in other folders.
 GPT2_VOCABULARY_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
@@ -150,12 +151,11 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> None:
     # Twice, because what an earlier run left in path.part may be the beginning of another file.
     for _ in range(2):
         fetch_from_mirror(url, part)
-        found = file_sha256(part)
-        if sha256 in (None, found):
+        if sha256 in (None, file_sha256(part)):
             part.replace(path)
             return
         part.unlink()
-    raise UserError(f"{url} has changed or was damaged on the way: its sha256 is {found}")
+    raise UserError(f"{url} has changed or was damaged on the way: it has another sha256 than expected")
 
 
 def fetch_from_mirror(url, part):
@@ -196,11 +196,12 @@ def fetch_once(url, part):
     """
     import requests
 
-    headers = {"Accept-Encoding": "identity"}  # compressed on the way, a range would count other bytes
+    # Compressed on the way, a range would count other bytes.
+    headers = {"Accept-Encoding": "identity"}
     if part.exists():
         headers["Range"] = f"bytes={part.stat().st_size}-"
-    # Seconds to connect, and to wait for the next bytes: a large file may take hours altogether.
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+    # Seconds to wait for the server's next bytes: a large file may take hours altogether.
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
         status = response.status_code
         # 206: what follows part. 200: the whole file, whatever we asked for. 416: nothing follows part, which
         # may be another file, so the next try begins anew.
@@ -208,12 +209,12 @@ def fetch_once(url, part):
             part.unlink(missing_ok=True)
         elif 400 <= status < 500:
             # The same question would have the same answer.
-            raise UserError(f"{url}: the server answers {status} {response.reason}")
+            raise UserError(f"{url}: the server answers {status}")
         response.raise_for_status()
         # A server that streams does not say how much is to come: then only the checksum can tell.
         left = int(response.headers.get("Content-Length", 0))
         with open(part, "ab") as file, tqdm.wrapattr(file, "write", left, desc=part.stem) as watched:
-            for chunk in response.iter_content(1 << 16):
+            for chunk in response.iter_content(65536):
                 watched.write(chunk)
 
 
@@ -240,18 +241,25 @@ class Tokenizer:
     """What a tokenizer has. A subclass that stands in TOKENIZERS is a choice of --tokenizer.
 
     encode(text) -> list of token IDs, decode(IDs) -> text
+    encode_array(text) -> the token IDs as uint16, (number of IDs,); several threads call it at the same time
     vocab_size: all IDs are below it
     end_of_text: the ID that ends a document, or None
     meta: what meta.json keeps of it: "type", its name in TOKENIZERS, and the arguments of its __init__
+
+    A subclass has an encode or an encode_array of its own, and inherits the other.
     """
+
+    end_of_text = None
 
     # Where the vocabulary comes from the text that is prepared: entries(text) are the strings that a text
     # needs in it, and from_entries(set of all entries, several) makes the tokenizer; several: there is more
     # than one document. None where the vocabulary is fixed.
     entries = None
 
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
     def encode_array(self, text):
-        """The token IDs as uint16, (number of IDs,). Several threads call it at the same time."""
         return np.array(self.encode(text), "<u2")
 
 
@@ -267,33 +275,31 @@ class CharTokenizer(Tokenizer):
         self.meta = {"type": "char", "chars": chars}
         self.chars = chars
         self.vocab_size = len(chars)
-        self.end_of_text = None
-        # (number of code points,): the ID of each, or -1. With it, NumPy looks up a whole text in one call.
-        self.table = np.full(sys.maxunicode + 1, -1, np.int32)
-        for i, char in enumerate(chars):
-            if char == END_OF_TEXT:
-                self.end_of_text = i
-                char = self.END
-            self.table[ord(char)] = i
+        if END_OF_TEXT in chars:
+            self.end_of_text = chars.index(END_OF_TEXT)
+        # The ID of each of Unicode's code points, or -1. With it, NumPy looks up a whole text in one call.
+        self.table = np.full(0x110000, -1, np.int32)
+        self.table[self.code_points("".join(chars))] = range(len(chars))
 
     @classmethod
     def from_entries(cls, entries, several):
         return cls(sorted(entries) + [END_OF_TEXT] * several)
 
-    def encode_array(self, text):
-        """The token IDs as uint16. Raises UserError, which names the first character that has none."""
+    def code_points(self, text):
+        """(characters,), of which <|endoftext|> is one, where the vocabulary has it."""
         if self.end_of_text is not None:
             text = text.replace(END_OF_TEXT, self.END)
         # UTF-32 is the code points themselves, 4 bytes each.
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")  # (characters,)
+        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+    def encode_array(self, text):
+        """Raises UserError, which names the first character that has no ID."""
+        codes = self.code_points(text)
         ids = self.table[codes]  # (characters,)
         if ids.min(initial=0) < 0:
-            char = text[ids.argmin()]
-            raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
+            code = codes[ids.argmin()]
+            raise UserError(f"the character {chr(code)!r} (U+{code:04X}) is not in the vocabulary")
         return ids.astype("<u2")
-
-    def encode(self, text):
-        return self.encode_array(text).tolist()
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
@@ -367,11 +373,8 @@ class GPT2Tokenizer(Tokenizer):
             space = re.search(r"\s{100000}(?=\s)", text)
             if not space:
                 raise UserError(f"tiktoken cannot read the text: {error}") from None
-            parts = text[: space.end()], text[space.end() :]
-            return np.concatenate([self.encode_array(part) for part in parts])
-
-    def encode(self, text):
-        return self.encode_array(text).tolist()
+            cut = space.end()
+            return np.concatenate((self.encode_array(text[:cut]), self.encode_array(text[cut:])))
 
     def decode(self, ids):
         return self.bpe.decode(ids)
@@ -380,17 +383,19 @@ class GPT2Tokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Any tokenizer.json of Hugging Face's, byte-level BPE above all, by their tokenizers package."""
 
-    def __init__(self, json: dict, end_of_text: int | None = None):
-        """json: the file's content; end_of_text: the ID, if it is another than that of <|endoftext|>."""
-        from json import dumps
+    def __init__(self, json, end_of_text=None):
+        """json: the file's content, a dict; end_of_text: its ID, where it is not that of <|endoftext|>."""
+        from json import dumps  # json is the argument here, as meta.json names it
 
         from tokenizers import Tokenizer as AnyTokenizer
 
         self.meta = {"type": "bpe", "json": json}
         self.bpe = AnyTokenizer.from_str(dumps(json))
+        # Not the number of tokens: a vocabulary may have holes.
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
         if end_of_text is not None:
+            # meta holds what was given, or loading it would make another tokenizer.
             self.meta["end_of_text"] = self.end_of_text = end_of_text
 
     def encode(self, text):
@@ -402,6 +407,10 @@ class BPETokenizer(Tokenizer):
 
 # What meta.json calls "type"; the first three are choices of --tokenizer as well.
 TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer, "bpe": BPETokenizer}
+
+# What meta.json says of GPT-2's IDs. A dataset without meta.json, of nanoGPT or others, is taken to have
+# these.
+GPT2_META = {"tokenizer": GPT2Tokenizer.meta, "vocab_size": GPT2Tokenizer.vocab_size}
 
 
 def load_tokenizer(meta: dict) -> Tokenizer:
@@ -424,41 +433,49 @@ def tokenizer_of(name: str, checkpoint: dict | None = None) -> Tokenizer:
     path = Path(name).expanduser()
     if path.name == "tokenizer.json":
         path = path.parent
-    meta = checkpoint.get("meta") if checkpoint else read_json(path / "meta.json")
-    if meta:
-        return load_tokenizer(meta)
     if path.is_dir():
-        return hugging_face_tokenizer(path)
+        return tokenizer_of_folder(path)
     if checkpoint is None:
         from model import ModelError, load_checkpoint
 
         try:
-            return tokenizer_of(name, load_checkpoint(path))
+            checkpoint = load_checkpoint(path)
         except ModelError as error:
             raise UserError(f"--tokenizer={name}: {error}") from None
-    # nanoGPT's IDs are GPT-2's where its dataset has no vocabulary of its own.
+    if "meta" in checkpoint:
+        return load_tokenizer(checkpoint["meta"])
+    # nanoGPT's says how many IDs there are, and names its dataset, which must have as many.
     size = checkpoint["model_args"]["vocab_size"]
+    if size == 50304:
+        size = 50257  # GPT-2's, which nanoGPT rounds up
     dataset = checkpoint.get("config", {}).get("dataset")
-    meta = read_json(Path(f"data/{dataset}/meta.json"))
-    if meta.get("vocab_size") == size:
+    meta = read_json(Path(f"data/{dataset}/meta.json")) or GPT2_META
+    if meta.get("vocab_size") != size:
+        raise UserError(
+            f"{name} does not say what its {size} token IDs mean; prepare its text as data/{dataset}"
+        )
+    return load_tokenizer(meta)
+
+
+def tokenizer_of_folder(folder):
+    """The tokenizer of a folder with meta.json, tokenizer.json or GPT-2's vocab.json. Raises UserError."""
+    meta = read_json(folder / "meta.json")
+    if meta:
         return load_tokenizer(meta)
-    if not meta and size in (50257, 50304):
-        return GPT2Tokenizer()
-    raise UserError(f"{name} does not say what its {size} token IDs mean; prepare its text as data/{dataset}")
-
-
-def hugging_face_tokenizer(folder):
-    """The tokenizer of a folder with tokenizer.json, or with GPT-2's vocab.json. Raises UserError."""
+    vocab = read_json(folder / "vocab.json")  # {token: ID}
     description = read_json(folder / "tokenizer.json")
-    vocab = description.get("model", {}).get("vocab") or read_json(folder / "vocab.json")
-    if isinstance(vocab, dict) and len(description.get("added_tokens", [])) < 2:
-        tokens = "\n".join(sorted(vocab, key=vocab.get))
-        if hashlib.sha256(tokens.encode()).hexdigest() == GPT2_VOCABULARY_SHA256:
-            return GPT2Tokenizer()
+    if description:
+        end_of_text = read_json(folder / "config.json").get("eos_token_id")
+        meta = {"type": "bpe", "json": description, "end_of_text": end_of_text}
+        tokenizer = load_tokenizer({"tokenizer": meta})
+        # With the tokens that were added to it, such as those of a chat: they make another vocabulary.
+        vocab = tokenizer.bpe.get_vocab()
+    tokens = "\n".join(sorted(vocab, key=vocab.get))
+    if hashlib.sha256(tokens.encode()).hexdigest() == GPT2_VOCABULARY_SHA256:
+        return GPT2Tokenizer()
     if not description:
         raise UserError(f"{folder} has no tokenizer.json, so nothing says what its IDs mean: add its model's")
-    end_of_text = read_json(folder / "config.json").get("eos_token_id")
-    return load_tokenizer({"tokenizer": {"type": "bpe", "json": description, "end_of_text": end_of_text}})
+    return tokenizer
 
 
 # -- documents -----------------------------------------------------------------------------------------------
@@ -497,28 +514,22 @@ def whole_words(file, size=PIECE):
     yield rest
 
 
+# With the parentheses, split() gives what it splits at as well.
+ENDS = re.compile(r"(<\|endoftext\|>)")
+
+
 def split_at_ends(pieces):
     """The documents of a text: <|endoftext|> ends one, and what holds white space alone is none."""
-
-    def numbered():
-        number, begun, blank = 0, False, ""
-        for piece in pieces:
-            for i, part in enumerate(piece.split(END_OF_TEXT)):
-                if i > 0:  # the one before has ended
-                    number, begun, blank = number + 1, False, ""
-                begun = begun or not (part.isspace() or part == "")
-                if begun:
-                    yield number, blank + part
-                    blank = ""
-                else:
-                    blank += part
-
-    for _, document in groupby(numbered(), key=lambda pair: pair[0]):
-        yield (part for _, part in document)
+    parts = (part for piece in pieces for part in ENDS.split(piece) if part)
+    for is_end, document in groupby(parts, lambda part: part == END_OF_TEXT):
+        first = next(document)
+        # Its first part decides: a piece ends where a word does, so that only the last one can be blank.
+        if not is_end and first.strip():
+            yield chain([first], document)  # noqa: B031, it goes on after the first
 
 
 def clean(text):
-    """A prompt, or a string of JSON, as a file of the same text is read. Raises UserError where it is none."""
+    """A prompt, or a string of JSON, as a file of this text is read. Raises UserError where it is none."""
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which stands for a byte that is not UTF-8 as well
@@ -535,25 +546,31 @@ def unpacked(path):
 
 def opener(path):
     """What opens a file, unpacked, and what reading raises where the file is damaged."""
-    if path.suffix.lower() == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return gzip.open, (EOFError, gzip.BadGzipFile, zlib.error)
-    if path.suffix.lower() == ".zst":
+    if suffix == ".zst":
         zstd = import_zstd(path)
         return zstd.open, (EOFError, zstd.ZstdError)
     return open, ()
 
 
-def why_no_text(head):
-    """What a file that begins with these bytes is instead of UTF-8 text; "" where it may be text."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "it is UTF-16; add --encoding=utf-16"
-    if not head.startswith(b"%PDF") and not set(head) & NO_TEXT:
-        return ""
+class NotText(UserError):
+    """A file that holds something else than text in UTF-8."""
+
+
+def check_head(path, head):
+    """Raises NotText where a file that begins with these bytes is no UTF-8 text."""
+    if not NO_TEXT.search(head):
+        return
+    problem = "it is not text"
     # Of the two bytes of a character of UTF-16, one is nearly always the same.
     few, many = sorted((len(set(head[::2])), len(set(head[1::2]))))
-    if many > 3 * few:
-        return "it looks like UTF-16; add --encoding=utf-16-le, or -be"
-    return "it is not text"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        problem = "it is UTF-16; add --encoding=utf-16"
+    elif many > 3 * few:
+        problem = "it looks like UTF-16; add --encoding=utf-16-le, or -be"
+    raise NotText(f"{path}: {problem}")
 
 
 @contextmanager
@@ -563,16 +580,13 @@ def open_text(path, errors="strict", encoding="utf-8"):
     Line ends become newlines, and a byte order mark is dropped.
     """
     open_file, damages = opener(path)
-    utf8 = encoding == "utf-8"
-    if utf8:
-        encoding = "utf-8-sig"  # which drops the mark
-    with open_file(path, "rt", encoding=encoding, errors=errors) as file:
+    codec = "utf-8-sig" if encoding == "utf-8" else encoding  # -sig drops the mark
+    with open_file(path, "rt", encoding=codec, errors=errors) as file:
         # Damage shows only while the file is read, so the try goes round all that reads it.
         try:
-            problem = why_no_text(file.buffer.read(4096)) if utf8 else ""
-            if problem:
-                raise UserError(f"{path}: {problem}")
-            file.seek(0)
+            if encoding == "utf-8":
+                check_head(path, file.buffer.read(4096))
+                file.seek(0)
             yield file
         except damages as error:
             raise UserError(f"{path} is damaged: {error}") from None
@@ -581,7 +595,7 @@ def open_text(path, errors="strict", encoding="utf-8"):
             at = file.buffer.tell() - len(error.object) + error.start
             byte = error.object[error.start]
             raise UserError(
-                f"{path} is not {encoding.removesuffix('-sig').upper()}: byte {at} is {byte:#x}; "
+                f"{path} is not {encoding.upper()}: byte {at} is {byte:#x}; "
                 "name its --encoding, or --errors=replace goes on"
             ) from None
 
@@ -640,8 +654,7 @@ class TextFiles:
                     yield [clean(text.encode("utf-8", self.errors).decode())]
                 except Exception as error:
                     raise UserError(
-                        f"{path}, line {number}: no JSON object with a text under {self.text_key!r}, "
-                        f"or name its --text_key ({error!r:.99})"
+                        f"{path}, line {number}: no object with a text under --text_key ({error!r:.99})"
                     ) from None
 
 
@@ -651,40 +664,46 @@ def find_text_files(paths, encoding):
     Names that begin with a dot are passed over. Raises UserError where a path does not exist, or where there
     is no text file.
     """
-    text_files = {}  # by what a path leads to in the end
+    found = []
     left_out = 0
     for path in map(Path, paths):
         if path.is_file():
-            found = [path]  # asked for by name, so it is text
+            found.append(path)  # asked for by name, so it is text
         elif (path / "meta.json").exists():
             raise UserError(f"{path} is a prepared dataset, not text")
         elif path.is_dir():
             # Sorted, so that the same folder gives the same dataset on every system.
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            files = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            found = [file for file in files if is_text(file, encoding)]
-            left_out += len(files) - len(found)
+            for file in sorted(path.rglob("*")):
+                hidden = "/." in f"/{file.relative_to(path).as_posix()}"
+                if hidden or not file.is_file():
+                    continue
+                if is_text(file, encoding):
+                    found.append(file)
+                else:
+                    left_out += 1
         elif path.exists():
+            # A pipe would be empty at the second reading.
             raise UserError(f"{path} is no regular file; text is read twice, so save it into a file first")
         else:
-            near = difflib.get_close_matches(str(path), NAMES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{path} is neither a file nor a folder nor one of {', '.join(NAMES)}{hint}")
-        for file in found:
-            text_files.setdefault(file.resolve(), file)
-    if not text_files:
-        raise UserError(f"no text file in {', '.join(paths)}; a file that you name is taken as it is")
+            near = difflib.get_close_matches(str(path), NAMES, n=1) or NAMES
+            raise UserError(f"{path} is neither a file nor a folder; did you mean {', '.join(near)}?")
+    if not found:
+        raise UserError("no text file in the folder; a file that you name is taken as it is")
     if left_out:
         print(f"{left_out:,} files are not text")
-    return list(text_files.values())
+    # Links may lead to a file that is there already: by what a path leads to in the end, each counts once.
+    return list({file.resolve(): file for file in found}.values())
 
 
 def is_text(path, encoding):
-    """Whether a file of a folder is named as text is, and begins as text does."""
+    """Whether a file of a folder is named as text is, and begins as text does. Raises UserError."""
     if unpacked(path).suffix.lower() not in (*SUFFIXES, ""):
         return False
-    with opener(path)[0](path, "rb") as file:
-        return encoding != "utf-8" or not why_no_text(file.read(4096))
+    try:
+        with open_text(path, encoding=encoding):
+            return True
+    except NotText:
+        return False
 
 
 def pydocs():
@@ -720,13 +739,6 @@ def count_text(documents, entries_of):
     return count, characters, entries
 
 
-def validates(i, count, val_fraction):
-    """Whether document i of count validates: the last of every 1 / val_fraction does, and one at least."""
-    if int(count * val_fraction) == 0:
-        return i == count - 1
-    return int((i + 1) * val_fraction) > int(i * val_fraction)
-
-
 # Second reading: from here on, a text knows its side.
 
 
@@ -734,7 +746,7 @@ def split_documents(documents, count, characters, val_fraction, ends=True):
     """("train" or "val", text), in order, of count documents that have so many characters altogether.
 
     One document is cut: its first characters train. Of many, each goes whole to one side, and <|endoftext|>
-    follows it, where the vocabulary has it.
+    follows it, where the vocabulary has it: the last of every 1 / val_fraction validates, and one at least.
     """
     to_train = int(characters * (1 - val_fraction))  # of one document: characters that still go to train.bin
     for i, document in enumerate(documents):
@@ -744,7 +756,9 @@ def split_documents(documents, count, characters, val_fraction, ends=True):
                 yield "val", piece[to_train:]
                 to_train = max(0, to_train - len(piece))
             return
-        split = "val" if validates(i, count, val_fraction) else "train"
+        # How many validate of those so far, this one included: of all of them, one at least.
+        wanted = max(int((i + 1) * val_fraction), i + 1 == count)
+        split = "val" if wanted > int(i * val_fraction) else "train"
         for piece in document:
             yield split, piece
         if ends:
@@ -793,17 +807,15 @@ DATASET_FILES = {"train.bin", "val.bin", "meta.json", "ckpt.pt"}
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that path is the complete old file or the complete new one at any moment."""
-    partial = path.with_name(path.name + ".partial")
+    partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # onto the disk, before it gets its name
-        os.replace(partial, path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # where that has failed
 
 
 def read_json(path):
@@ -812,11 +824,11 @@ def read_json(path):
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+        return found
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return found
 
 
 def load_dataset(name: str, block_size: int, vocab_size: int | None = None) -> tuple:
@@ -826,30 +838,34 @@ def load_dataset(name: str, block_size: int, vocab_size: int | None = None) -> t
     """
     name = Path(name).name  # of data/mine too
     folder = Path("data", name)
-    if not (folder / "train.bin").is_file():
+    if not (folder / "val.bin").is_file():
         raise UserError(f"{folder} is not prepared; run python prepare.py {name}, or YOUR_TEXT --name={name}")
     meta = read_json(folder / "meta.json")
     if not meta:
         if (folder / "meta.pkl").exists():
             raise UserError(f"{folder} is nanoGPT's; prepare its text: python prepare.py FILE --name=NAME")
         print(f"{folder} has no meta.json: taken for GPT-2 token IDs", file=sys.stderr)
-        meta = {"dataset": name, "tokenizer": {"type": "gpt2"}, "vocab_size": 50257}
-    if load_tokenizer(meta).vocab_size != meta.get("vocab_size"):
+        meta = {"dataset": name, **GPT2_META}
+    if meta.get("vocab_size") != load_tokenizer(meta).vocab_size:
         raise UserError(f"{folder}/meta.json is damaged: vocab_size is not its tokenizer's")
+    vocab_size = vocab_size or meta["vocab_size"]
     splits = []
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
-        size = path.stat().st_size if path.is_file() else 0  # two bytes a token
-        if not 0 < size == 2 * meta.get(f"{split}_tokens", size // 2):
-            raise UserError(f"{path} is missing, empty or truncated ({size} bytes); run prepare.py again")
-        data = np.memmap(path, dtype="<u2", mode="r")
-        if len(data) <= block_size:
-            raise UserError(f"{path} has {len(data)} tokens, too few for {block_size=}; prepare more text")
-        # IDs of four bytes or eight, read as two: every second one is 0.
-        if meta.get("dtype", "uint16") != "uint16" or (len(data) > 99 and not data[1:100_000:2].any()):
+        size = path.stat().st_size
+        tokens = meta.get(f"{split}_tokens", size // 2)
+        # A window is block_size tokens, and the one that follows them.
+        if size != 2 * tokens or tokens <= block_size:
+            raise UserError(
+                f"{path} is truncated, or {tokens} tokens are too few for {block_size=}: prepare it anew"
+            )
+        data = np.memmap(path, "<u2", "r")  # (tokens,), read when it is used
+        # Where nothing says their size: IDs of four bytes or eight, read as two, are 0 every second time.
+        dtype = meta.get("dtype")
+        if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
-        if data.max() >= (vocab_size or meta["vocab_size"]):  # it would crash a GPU without a word
-            raise UserError(f"{path} has the ID {data.max()}, which the vocabulary has not")
+        if data.max() >= vocab_size:  # it would crash a GPU without a word
+            raise UserError(f"{path} has the ID {data.max()}, but a vocabulary of {vocab_size}")
         splits.append(data)
     return *splits, meta
 
@@ -904,13 +920,11 @@ def write_bins(name, ids, tokenizer, sources):
             files = {"train": train, "val": val}
             for split, part in ids:
                 files[split].write(part)
-            train_tokens = train.tell() // 2
+            train_tokens = train.tell() // 2  # two bytes each
             val_tokens = val.tell() // 2
         # train.py draws windows of both.
         if 0 in (train_tokens, val_tokens):
-            raise UserError(
-                f"{name}: train.bin or val.bin would be empty; give more text or another --val_fraction"
-            )
+            raise UserError("train.bin or val.bin would be empty; give more text or another --val_fraction")
         meta |= {"train_tokens": train_tokens, "val_tokens": val_tokens}
 
     tokens = train_tokens + val_tokens
@@ -921,25 +935,27 @@ def write_bins(name, ids, tokenizer, sources):
     return tokens
 
 
-def write_dataset(name, documents, sources, tokenizer, val_fraction=0.1):
+def write_dataset(name, documents, sources, kind, val_fraction=0.1):
     """Tokenize documents, read twice, into data/<name>/, whole or absent at any time. Raises UserError.
 
     sources: as in write_bins
-    tokenizer: one that is there, or a name in TOKENIZERS, whose vocabulary comes from the text
+    kind: a name in TOKENIZERS, or what tokenizer_of takes
     """
-    tokenizer = TOKENIZERS.get(tokenizer, tokenizer)
-    learns = isinstance(tokenizer, type) and tokenizer.entries
-    if not learns:
-        if isinstance(tokenizer, type):
-            tokenizer = tokenizer()
-        tokenizer.encode("")  # fetches its files, which may fail, before the text is read
-    count, characters, entries = count_text(documents, learns)
+    entries_of = TOKENIZERS.get(kind, Tokenizer).entries
+    if not entries_of:
+        if kind in TOKENIZERS:
+            tokenizer = load_tokenizer({"tokenizer": {"type": kind}})
+        else:
+            tokenizer = tokenizer_of(kind)
+        # Fetches its files, which may fail, before the text is read, and before several threads want them.
+        tokenizer.encode("")
+    count, characters, entries = count_text(documents, entries_of)
     if count == 0:
         raise UserError(f"there is no text to make data/{name} of")
-    if learns:
-        tokenizer = tokenizer.from_entries(entries, count > 1)
+    if entries_of:
+        tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
     if tokenizer.vocab_size > MAX_VOCAB:
-        raise UserError(f"a vocabulary of over {MAX_VOCAB} entries; try --tokenizer=gpt2")
+        raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
     # All of these are generators: nothing is read before write_bins asks for it.
     texts = split_documents(documents, count, characters, val_fraction, tokenizer.end_of_text is not None)
     # disable=None: a bar on a terminal alone.
@@ -969,8 +985,8 @@ def prepare_fineweb(name, shards):
 # -- OpenAI's weights ----------------------------------------------------------------------------------------
 
 
-def prepare_gpt2(name):
-    """OpenAI's checkpoint of a size of GPT-2 -> data/<name>/ckpt.pt and meta.json.
+def prepare_gpt2(name, size):
+    """OpenAI's checkpoint -> data/<name>/ckpt.pt and meta.json. size: OpenAI's name of it, such as 124M.
 
     Raises UserError, and OSError where the disk is full.
     """
@@ -981,26 +997,21 @@ def prepare_gpt2(name):
     import torch
 
     # TensorFlow wants all files of a checkpoint in one folder.
-    cache = Path(f"data/.cache/gpt2-{GPT2_SIZES[name]}")
+    cache = Path(f"data/.cache/gpt2-{size}")
     sources = []
     for file in GPT2_FILES.split():
-        url = f"{GPT2_URL}/{GPT2_SIZES[name]}/{file}"
+        url = f"{GPT2_URL}/{size}/{file}"
         download(url, cache / file)
         sources.append({"url": url, "sha256": file_sha256(cache / file)})
     weights, model_args = read_gpt2(cache)
-    meta = {
-        "dataset": name,
-        "tokenizer": GPT2Tokenizer.meta,
-        "vocab_size": model_args["vocab_size"],
-        "sources": sources,
-    }
+    meta = {"dataset": name, **GPT2_META, "sources": sources}
     with new_folder(name, meta) as folder:
         try:
             torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
         except RuntimeError:  # torch's only error for a full disk
             raise OSError(f"cannot write {path}") from None
     shutil.rmtree(cache)  # as large again, and no longer needed
-    print(f"{path}: --init_from={name} takes it")
+    print(f"{path} is ready for --init_from={name}")
 
 
 def read_gpt2(folder):
@@ -1030,10 +1041,9 @@ def read_gpt2(folder):
                 name = name.replace(theirs, ours)
             weights[name] = tensor
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # GPT-2 ties the two
-        GPT.from_checkpoint(
-            {"model": weights, "model_args": model_args}
-        )  # raises where a name or shape differs
-    except (AttributeError, LookupError, TypeError, ValueError, tf.errors.OpError) as error:
+        # Raises where a name or shape differs.
+        GPT.from_checkpoint({"model": weights, "model_args": model_args})
+    except Exception as error:  # TensorFlow has types of its own
         raise UserError(f"{folder} is no GPT-2, or damaged; delete it and try again: {error}") from None
     return weights, model_args
 
@@ -1082,9 +1092,9 @@ def prepare(args):
     if len(args.what) > 1 and set(args.what) & set(NAMES):
         raise UserError("one corpus at a time, and no files beside it")
     # Weights, not text.
-    for gpt2, size in GPT2_SIZES.items():
-        if what in (gpt2, size):
-            return prepare_gpt2(gpt2)
+    for name, size in GPT2_SIZES.items():
+        if what in (name, size):
+            return prepare_gpt2(name, size)
 
     # Token IDs, not text: there is nothing to tokenize.
     name = dataset_name(args)
@@ -1097,14 +1107,14 @@ def prepare(args):
 
     try:
         codecs.lookup(args.encoding)
-    except LookupError as error:
-        raise UserError(f"--encoding={args.encoding}: {error}") from None
+    except LookupError:
+        raise UserError(f"--encoding={args.encoding} is none that Python knows") from None
     # Text: what its documents are, and where they are from.
     if what == "pydocs":
         text = pydocs()
         documents = [[text]]
         sha256 = hashlib.sha256(text.encode()).hexdigest()
-        sources = [{"path": f"pydoc_data.topics of Python {sys.version}", "sha256": sha256}]
+        sources = [{"path": f"pydoc_data.topics of Python {sys.version.split()[0]}", "sha256": sha256}]
     elif file:
         url, sha256 = file
         documents = TextFiles([cached(url, sha256)])
@@ -1113,9 +1123,7 @@ def prepare(args):
         files = find_text_files(args.what, args.encoding)
         documents = TextFiles(files, args.errors, args.text_key, args.encoding)
         sources = [{"path": str(path), "sha256": file_sha256(path)} for path in files]
-    known = kind in TOKENIZERS and kind != "bpe"
-    tokenizer = kind if known else tokenizer_of(kind)
-    write_dataset(name, documents, sources, tokenizer, args.val_fraction)
+    write_dataset(name, documents, sources, kind, args.val_fraction)
 
 
 def main():

@@ -294,7 +294,7 @@ class Metrics:
         axes.plot(best, losses[best], "k*", label="best")
         axes.legend()
         picture = io.BytesIO()
-        figure.savefig(picture, format="png")
+        figure.savefig(picture)  # a PNG
         return picture.getvalue()
 
 
@@ -311,7 +311,13 @@ AT_LEAST_1 = (
     "dist_timeout",
 )
 # numbers with an upper limit, which they must stay below
-BELOW = {"beta1": 1, "beta2": 1, "seed": 2**63}
+BELOW = {
+    "beta1": 1,
+    "beta2": 1,
+    "seed": sys.maxsize,
+    "batch_size": 100_000,
+    "gradient_accumulation_steps": 1_000_000,
+}
 
 # settings that come with the weights of a checkpoint, and cannot change under them
 ARCHITECTURE = {

@@ -565,6 +565,15 @@ def test_sizes_that_cannot_work_are_refused_before_they_are_tried(foreign, numbe
     assert f"num_samples={number}" in line and "memory" in line
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["batch_size", "gradient_accumulation_steps", "n_layer", "n_embd", "block_size"],
+)
+def test_absurd_settings_are_refused_too(workdir, setting):
+    line = refused("train.py", *TINY, f"--{setting}={10**12}", "--out_dir=out/never", cwd=workdir)
+    assert setting in line and not (workdir / "out" / "never").exists()
+
+
 def test_an_output_layer_that_is_not_tied_after_all(tmp_path):
     """Hugging Face says that it is, and the file has another one: transformers takes that."""
     from safetensors.torch import load_file, save_file
