@@ -96,7 +96,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, ModelError, load_checkpoint, pick_device, pick_dtype, value_or
-from prepare import load_dataset, load_tokenizer, speak_utf8, tokenizer_of, weights_path, write_file
+from prepare import clean, load_dataset, load_tokenizer, speak_utf8, tokenizer_of, weights_path, write_file
 
 # which of the processes this one is, as torchrun says: of all, and of this machine's
 rank = int(os.environ.get("RANK", 0))
@@ -276,7 +276,7 @@ class Metrics:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            warn(f"a line of {self.path} is lost: {error.strerror}")
+            warn(f"a line of metrics.jsonl is lost: {error.strerror}")
         for name, value in line.items():
             if self.board and value is not None:
                 self.board.add_scalar(name, value, line["step"])
@@ -558,7 +558,7 @@ def main(given):
     prompt = []
     if rank == 0 and sample_prompt != "":
         tokenizer = load_tokenizer(meta)
-        prompt = tokenizer.encode(sample_prompt or "") or val_data[:8].tolist()
+        prompt = tokenizer.encode(clean(sample_prompt or "")) or val_data[:8].tolist()
     metrics = Metrics(run, step) if rank == 0 and not eval_only else None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
