@@ -108,7 +108,8 @@ world_size = int(os.environ.get("WORLD_SIZE", 1))
 
 def count_windows(tokens, block_size, stride):
     """How many windows of block_size + 1 tokens (inputs and the last target), one every stride, take all."""
-    return math.ceil((tokens - 1 - block_size) / stride) + 1
+    # the last of them may go on behind the data, but must not begin there
+    return math.ceil((tokens - 1 - max(block_size, stride)) / stride) + 1
 
 
 def batch_starts(step, rows, tokens, block_size, seed, stride=None):
@@ -231,13 +232,12 @@ def print0(line):
 
 
 def write_or_warn(path, content):
-    """Whether a file could be written. Training goes on where it could not, because space may be freed."""
+    """True where a file could be written. Training goes on where not, because space may be freed."""
     try:
         write_file(path, content)
         return True
     except OSError as error:
         warn(f"{path} not written, what was there stays: {error.strerror}")
-        return False
 
 
 def serialize(state):
