@@ -80,7 +80,7 @@ SETTING = re.compile(r"([a-z]\w*)(?:: (.+?))? = .*?(?:  # (.*))?")
 def read_settings(settings: dict) -> dict:
     """{name: (type, comment)} of a script's settings, in the order of its source.
 
-    Those are the lines above its `if __name__` that look as SETTING does.
+    Those are the lines above its `if __name__` that look as SETTING does, so each stands on one line.
     """
     source = Path(settings["__file__"]).read_text(encoding="utf-8")
     known = {}
@@ -134,7 +134,7 @@ def run_config_file(path, known):
 
 
 def override(key, value, known, is_text=False):
-    """{key: value}, checked and of the wanted type; a key of nanoGPT's unchecked, or what it means here.
+    """{key: value}, checked and of the wanted type; of a key of nanoGPT's, what it means here, if anything.
 
     known: as read_settings returns it; is_text: value is a flag's text, to be read as the wanted type
     Raises UserError naming key, wanted type and value.

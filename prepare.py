@@ -831,10 +831,12 @@ def read_json(path):
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def load_dataset(name: str, block_size: int, vocab_size: int | None = None) -> tuple:
-    """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, and meta.json. Raises UserError.
+def load_dataset(name: str, block_size: int, vocab_size: int | None = None, check_ids: bool = True) -> tuple:
+    """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, meta.json and the tokenizer.
 
     vocab_size: of the model that is to read them, where it is not the dataset's
+    check_ids: whether to read all of them, for one that is beyond it
+    Raises UserError.
     """
     name = Path(name).name  # of data/mine too
     folder = Path("data", name)
@@ -846,7 +848,8 @@ def load_dataset(name: str, block_size: int, vocab_size: int | None = None) -> t
             raise UserError(f"{folder} is nanoGPT's; prepare its text: python prepare.py FILE --name=NAME")
         print(f"{folder} has no meta.json: taken for GPT-2 token IDs", file=sys.stderr)
         meta = {"dataset": name, **GPT2_META}
-    if meta.get("vocab_size") != load_tokenizer(meta).vocab_size:
+    tokenizer = load_tokenizer(meta)
+    if meta.get("vocab_size") != tokenizer.vocab_size:
         raise UserError(f"{folder}/meta.json is damaged: vocab_size is not its tokenizer's")
     vocab_size = vocab_size or meta["vocab_size"]
     splits = []
@@ -864,10 +867,10 @@ def load_dataset(name: str, block_size: int, vocab_size: int | None = None) -> t
         dtype = meta.get("dtype")
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
-        if data.max() >= vocab_size:  # it would crash a GPU without a word
+        if check_ids and data.max() >= vocab_size:  # it would crash a GPU without a word
             raise UserError(f"{path} has the ID {data.max()}, but a vocabulary of {vocab_size}")
         splits.append(data)
-    return *splits, meta
+    return *splits, meta, tokenizer
 
 
 @contextmanager

@@ -96,7 +96,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import GPT, GPTConfig, ModelError, load_checkpoint, pick_device, pick_dtype, value_or
-from prepare import clean, load_dataset, load_tokenizer, speak_utf8, tokenizer_of, weights_path, write_file
+from prepare import clean, load_dataset, speak_utf8, tokenizer_of, weights_path, write_file
 
 # which of the processes this one is, as torchrun says: of all, and of this machine's
 rank = int(os.environ.get("RANK", 0))
@@ -484,10 +484,11 @@ def main(given):
     checkpoint, weights, resume = load_start(run, given)
     check_settings(given)
     config = {name: globals()[name] for name in read_settings(globals())}
-    train_data, val_data, meta = load_dataset(
-        dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"]
+    # rank 0 reads the IDs for all
+    train_data, val_data, meta, tokenizer = load_dataset(
+        dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"], rank == 0
     )
-    if checkpoint and tokenizer_of(weights, checkpoint).meta != meta["tokenizer"]:
+    if checkpoint and tokenizer_of(weights, checkpoint).meta != tokenizer.meta:
         raise UserError(
             f"data/{dataset} has another tokenizer than the weights; prepare your text with theirs: "
             f"python prepare.py TEXT --tokenizer={weights} --name=NAME, then --dataset=NAME"
@@ -557,7 +558,6 @@ def main(given):
     # -- what comes out
     prompt = []
     if rank == 0 and sample_prompt != "":
-        tokenizer = load_tokenizer(meta)
         prompt = tokenizer.encode(clean(sample_prompt or "")) or val_data[:8].tolist()
     metrics = Metrics(run, step) if rank == 0 and not eval_only else None
     for number in (signal.SIGINT, signal.SIGTERM):

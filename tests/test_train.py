@@ -297,7 +297,7 @@ def test_the_verdict_before_training_as_published(tmp_path, monkeypatch, referen
     monkeypatch.setattr(train, "batch_size", 2)
     monkeypatch.setattr(train, "block_size", 256)
     monkeypatch.setattr(train, "eval_iters", 9)
-    data, _, meta = prepare.load_dataset("verdict", 256)
+    data, _, meta, _ = prepare.load_dataset("verdict", 256)
     torch.manual_seed(123)
     model = GPT(GPTConfig(**(reference["gpt_124m"]["config"] | {"block_size": 256})))
     assert meta["vocab_size"] == 50257 and len(train.eval_starts(len(data), 256, 18)) == 18
