@@ -6,6 +6,8 @@
     python prepare.py fineweb --shards=10          # a billion tokens of web text
     python prepare.py gpt2                         # OpenAI's weights: data/gpt2/ckpt.pt
 
+NAME: pydocs, shakespeare_char, shakespeare, verdict, fineweb, gpt2, gpt2-medium, gpt2-large or gpt2-xl.
+
 A dataset is train.bin and val.bin (little-endian uint16 token IDs, no header) and meta.json. Text is read
 twice, to count and then to tokenize, a piece at a time: memory does not grow with it.
 """
@@ -21,7 +23,6 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,10 +71,9 @@ CORPORA = {
 }
 
 # 103 shards of 100M token IDs to train, numbered from 1, and number 0 to validate. A shard is a header of 256
-# int32 (a magic number, the version, how many IDs follow, zeros) and the IDs as uint16.
+# int32 (20240520, the version 1, how many IDs follow, zeros) and the IDs as uint16.
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06}.bin"
 FINEWEB_HEADER = 1024  # bytes
-FINEWEB_MAGIC = 20240520
 
 # What OpenAI released: the same seven files for each size, in a folder named after its parameters
 # (https://github.com/openai/gpt-2, download_model.py). Not all of them are read.
@@ -113,30 +113,40 @@ MAX_VOCAB = 65536  # what uint16 can count
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
 PIECE = 1_000_000
 # Threads that tokenize. More than eight would wait for the one that reads.
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count())
 
-# What is taken for text in a folder, and names without a suffix, as README. A file that is named on the
+# What is taken for text in a folder: the first is no suffix at all, as of README. A file that is named on the
 # command line may be called anything.
 SUFFIXES = (
-    ".txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .yaml .yml .toml .ini .sh .sql "
+    " .txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .yaml .yml .toml .ini .sh .sql "
     ".py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
-).split()
+).split(" ")
 
-# What no UTF-8 text has in it: the beginning of a PDF, UTF-16's byte order mark, control characters but for
-# tabs, line ends, escapes and separators.
-NO_TEXT = re.compile(rb"\A(?:%PDF|\xff\xfe|\xfe\xff)|[\0-\x07\x0e-\x1a]")
 
-# Of GPT-2's vocabulary, in the order of the IDs, a line each: by this it is recognized in other folders.
-GPT2_VOCABULARY_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
+# -- errors --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def user_error(message):
+    """Turns whatever goes wrong inside the with block into a UserError that begins with the message.
+
+    For what comes from outside: the packages that read it raise a dozen types of errors.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):  # which say more already, or come from elsewhere
+        raise
+    except Exception as error:
+        raise UserError(f"{message}: {error}") from None
 
 
 # -- downloads -----------------------------------------------------------------------------------------------
 #
-# Nothing else in this project asks the network. download() decides whether a file is the right one,
-# fetch_from_mirror() where it comes from, fetch() does not give up, fetch_once() is one request.
+# Nothing else in this project asks the network. download() decides whether a file is the right one, fetch()
+# where it comes from, and does not give up; fetch_once() is one request.
 
 
-def download(url: str, path: str | Path, sha256: str | None = None) -> None:
+def download(url, path, sha256=None):
     """Fetch url to path unless it is there; path is whole or absent, whatever happens.
 
     The mirror PLAINGPT_MIRROR (a folder or an http(s) base that holds <host>/<path> of each URL) comes first.
@@ -150,7 +160,7 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> None:
     part = Path(f"{path}.part")
     # Twice, because what an earlier run left in path.part may be the beginning of another file.
     for _ in range(2):
-        fetch_from_mirror(url, part)
+        fetch(url, part)
         if sha256 in (None, file_sha256(part)):
             part.replace(path)
             return
@@ -158,29 +168,22 @@ def download(url: str, path: str | Path, sha256: str | None = None) -> None:
     raise UserError(f"{url} has changed or was damaged on the way: it has another sha256 than expected")
 
 
-def fetch_from_mirror(url, part):
-    """Fill part from the mirror, or from url where there is no mirror or it fails. Raises UserError."""
+def fetch(url, part):
+    """Append to part what it lacks of url, from the mirror or, where it fails, from there. Raises UserError."""
+    import requests
+
     # A folder or a server of your own, for machines without a network, and for the tests.
     mirror = os.environ.get("PLAINGPT_MIRROR", "").rstrip("/")
     mirrored = f"{mirror}/{host_and_path(url)}"
     if os.path.isfile(mirrored):
         return shutil.copyfile(mirrored, part)
+    addresses = [url] * 3  # so many tries, because connections break
     if "://" in mirror:
-        try:
-            return fetch(mirrored, part)
-        except UserError as error:
-            print(f"mirror: {error}", file=sys.stderr)
-    fetch(url, part)
-
-
-def fetch(url, part):
-    """Append to part what it lacks of url, in five tries, because connections break. Raises UserError."""
-    import requests
-
-    for seconds in range(5):
+        addresses = [mirrored] * 3 + addresses
+    for seconds, address in enumerate(addresses):
         time.sleep(seconds)  # not at all before the first try
         try:
-            return fetch_once(url, part)
+            return fetch_once(address, part)
         except requests.RequestException as error:
             reason = error
     raise UserError(
@@ -190,10 +193,7 @@ def fetch(url, part):
 
 
 def fetch_once(url, part):
-    """Append to part what it lacks of url, by one request.
-
-    Raises requests.RequestException, or UserError where asking again would not help.
-    """
+    """Append to part what it lacks of url, by one request. Raises requests.RequestException."""
     import requests
 
     # Compressed on the way, a range would count other bytes.
@@ -202,14 +202,10 @@ def fetch_once(url, part):
         headers["Range"] = f"bytes={part.stat().st_size}-"
     # Seconds to wait for the server's next bytes: a large file may take hours altogether.
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        status = response.status_code
         # 206: what follows part. 200: the whole file, whatever we asked for. 416: nothing follows part, which
         # may be another file, so the next try begins anew.
-        if status in (200, 416):
+        if response.status_code in (200, 416):
             part.unlink(missing_ok=True)
-        elif 400 <= status < 500:
-            # The same question would have the same answer.
-            raise UserError(f"{url}: the server answers {status}")
         response.raise_for_status()
         # A server that streams does not say how much is to come: then only the checksum can tell.
         left = int(response.headers.get("Content-Length", 0))
@@ -365,15 +361,12 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode_array(self, text):
         # Without Python's lists, which need the interpreter's lock, so that threads work side by side.
-        bpe = self.bpe
+        bpe = self.bpe  # outside of the try: a failed download is a ValueError as well
         try:
             return bpe.encode_to_numpy(text, allowed_special="all").astype("<u2")
-        except ValueError as error:
+        except ValueError:
             # tiktoken's pattern gives up on some 500,000 white-space characters in a row: cut among them.
-            space = re.search(r"\s{100000}(?=\s)", text)
-            if not space:
-                raise UserError(f"tiktoken cannot read the text: {error}") from None
-            cut = space.end()
+            cut = re.search(r"\s{100000}(?=\s)", text).end()
             return np.concatenate((self.encode_array(text[:cut]), self.encode_array(text[cut:])))
 
     def decode(self, ids):
@@ -413,17 +406,14 @@ TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenize
 GPT2_META = {"tokenizer": GPT2Tokenizer.meta, "vocab_size": GPT2Tokenizer.vocab_size}
 
 
-def load_tokenizer(meta: dict) -> Tokenizer:
+def load_tokenizer(meta):
     """The tokenizer that a meta.json describes. Raises UserError."""
-    try:
+    with user_error("the tokenizer's description is damaged or unknown"):
         arguments = {**meta["tokenizer"]}  # a copy: meta is the caller's
-        tokenizer_class = TOKENIZERS[arguments.pop("type")]
-        return tokenizer_class(**arguments)
-    except Exception as error:  # what the tokenizers package raises has no other type
-        raise UserError(f"the tokenizer's description is damaged or unknown: {error!r:.99}") from None
+        return TOKENIZERS[arguments.pop("type")](**arguments)
 
 
-def tokenizer_of(name: str, checkpoint: dict | None = None) -> Tokenizer:
+def tokenizer_of(name, checkpoint=None):
     """The tokenizer that belongs to weights, or to whatever else the name is of. Nobody guesses.
 
     name: the folder of a dataset, a folder or file with a tokenizer.json, or a checkpoint
@@ -436,12 +426,10 @@ def tokenizer_of(name: str, checkpoint: dict | None = None) -> Tokenizer:
     if path.is_dir():
         return tokenizer_of_folder(path)
     if checkpoint is None:
-        from model import ModelError, load_checkpoint
+        from model import load_checkpoint
 
-        try:
+        with user_error(f"--tokenizer={name}"):
             checkpoint = load_checkpoint(path)
-        except ModelError as error:
-            raise UserError(f"--tokenizer={name}: {error}") from None
     if "meta" in checkpoint:
         return load_tokenizer(checkpoint["meta"])
     # nanoGPT's says how many IDs there are, and names its dataset, which must have as many.
@@ -462,16 +450,18 @@ def tokenizer_of_folder(folder):
     meta = read_json(folder / "meta.json")
     if meta:
         return load_tokenizer(meta)
-    vocab = read_json(folder / "vocab.json")  # {token: ID}
     description = read_json(folder / "tokenizer.json")
     if description:
-        end_of_text = read_json(folder / "config.json").get("eos_token_id")
-        meta = {"type": "bpe", "json": description, "end_of_text": end_of_text}
-        tokenizer = load_tokenizer({"tokenizer": meta})
+        with user_error(f"{folder}/tokenizer.json is damaged"):
+            tokenizer = BPETokenizer(description, read_json(folder / "config.json").get("eos_token_id"))
         # With the tokens that were added to it, such as those of a chat: they make another vocabulary.
-        vocab = tokenizer.bpe.get_vocab()
+        vocab = tokenizer.bpe.get_vocab()  # {token: ID}
+    else:
+        vocab = read_json(folder / "vocab.json")
+    # GPT-2's is recognized by its tokens, in the order of their IDs.
     tokens = "\n".join(sorted(vocab, key=vocab.get))
-    if hashlib.sha256(tokens.encode()).hexdigest() == GPT2_VOCABULARY_SHA256:
+    sha256 = hashlib.sha256(tokens.encode()).hexdigest()
+    if sha256 == "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f":
         return GPT2Tokenizer()
     if not description:
         raise UserError(f"{folder} has no tokenizer.json, so nothing says what its IDs mean: add its model's")
@@ -514,13 +504,10 @@ def whole_words(file, size=PIECE):
     yield rest
 
 
-# With the parentheses, split() gives what it splits at as well.
-ENDS = re.compile(r"(<\|endoftext\|>)")
-
-
 def split_at_ends(pieces):
     """The documents of a text: <|endoftext|> ends one, and what holds white space alone is none."""
-    parts = (part for piece in pieces for part in ENDS.split(piece) if part)
+    # With the parentheses, split gives what it splits at as well.
+    parts = (part for piece in pieces for part in re.split(r"(<\|endoftext\|>)", piece) if part)
     for is_end, document in groupby(parts, lambda part: part == END_OF_TEXT):
         first = next(document)
         # Its first part decides: a piece ends where a word does, so that only the last one can be blank.
@@ -530,13 +517,11 @@ def split_at_ends(pieces):
 
 def clean(text):
     """A prompt, or a string of JSON, as a file of this text is read. Raises UserError where it is none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which stands for a byte that is not UTF-8 as well
-        raise UserError(f"{text!r:.40} is not UTF-8 text") from None
-    if "\0" in text:
-        raise UserError(f"{text!r:.40} has a NUL character, which is not text")
-    return text.removeprefix("\N{BYTE ORDER MARK}").replace("\r\n", "\n").replace("\r", "\n")
+    # NUL, or half a surrogate pair, which stands for a byte that is not UTF-8 as well.
+    found = re.search("[\0\ud800-\udfff]", text)
+    if found:
+        raise UserError(f"{text!r:.40} is not UTF-8 text: it has {found[0]!r}")
+    return re.sub("\r\n?", "\n", text.removeprefix("\N{BYTE ORDER MARK}"))
 
 
 def unpacked(path):
@@ -545,14 +530,19 @@ def unpacked(path):
 
 
 def opener(path):
-    """What opens a file, unpacked, and what reading raises where the file is damaged."""
+    """What opens a file as open() does, and unpacks it where it is .gz or .zst. Raises UserError."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.open, (EOFError, gzip.BadGzipFile, zlib.error)
-    if suffix == ".zst":
-        zstd = import_zstd(path)
-        return zstd.open, (EOFError, zstd.ZstdError)
-    return open, ()
+        return gzip.open
+    if suffix != ".zst":
+        return open
+    # Python has it from 3.14 on; backports.zstd is the same for those before.
+    try:
+        from compression import zstd
+    except ImportError:
+        with user_error(f"unpack {path}, or pip install backports.zstd"):
+            from backports import zstd
+    return zstd.open
 
 
 class NotText(UserError):
@@ -561,15 +551,15 @@ class NotText(UserError):
 
 def check_head(path, head):
     """Raises NotText where a file that begins with these bytes is no UTF-8 text."""
-    if not NO_TEXT.search(head):
+    # The beginning of a PDF, UTF-16's byte order mark, and control characters but for tabs, line ends, escapes
+    # and separators.
+    if not re.search(rb"\A(?:%PDF|\xff\xfe|\xfe\xff)|[\0-\x07\x0e-\x1a]", head):
         return
     problem = "it is not text"
     # Of the two bytes of a character of UTF-16, one is nearly always the same.
     few, many = sorted((len(set(head[::2])), len(set(head[1::2]))))
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        problem = "it is UTF-16; add --encoding=utf-16"
-    elif many > 3 * few:
-        problem = "it looks like UTF-16; add --encoding=utf-16-le, or -be"
+    if many > 3 * few or head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        problem = "it looks like UTF-16; add --encoding=utf-16, or --encoding=utf-16-le or -be"
     raise NotText(f"{path}: {problem}")
 
 
@@ -579,17 +569,15 @@ def open_text(path, errors="strict", encoding="utf-8"):
 
     Line ends become newlines, and a byte order mark is dropped.
     """
-    open_file, damages = opener(path)
     codec = "utf-8-sig" if encoding == "utf-8" else encoding  # -sig drops the mark
-    with open_file(path, "rt", encoding=codec, errors=errors) as file:
-        # Damage shows only while the file is read, so the try goes round all that reads it.
+    # Damage shows only while the file is read, inside the with block: each kind of file has its own errors.
+    damage = user_error(f"{path} is damaged")
+    with opener(path)(path, "rt", encoding=codec, errors=errors) as file, damage:
         try:
             if encoding == "utf-8":
                 check_head(path, file.buffer.read(4096))
                 file.seek(0)
             yield file
-        except damages as error:
-            raise UserError(f"{path} is damaged: {error}") from None
         except UnicodeDecodeError as error:
             # error.object is the bytes that were being decoded: the last that have been read.
             at = file.buffer.tell() - len(error.object) + error.start
@@ -598,18 +586,6 @@ def open_text(path, errors="strict", encoding="utf-8"):
                 f"{path} is not {encoding.upper()}: byte {at} is {byte:#x}; "
                 "name its --encoding, or --errors=replace goes on"
             ) from None
-
-
-def import_zstd(path):
-    # Python has it from 3.14 on; backports.zstd is the same for those before.
-    try:
-        from compression import zstd
-    except ImportError:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise UserError(f"{path} needs pip install backports.zstd; or unpack it") from None
-    return zstd
 
 
 @dataclass
@@ -654,7 +630,7 @@ class TextFiles:
                     yield [clean(text.encode("utf-8", self.errors).decode())]
                 except Exception as error:
                     raise UserError(
-                        f"{path}, line {number}: no object with a text under --text_key ({error!r:.99})"
+                        f"{path}, line {number}: no object with a text under --text_key: {error}"
                     ) from None
 
 
@@ -664,11 +640,12 @@ def find_text_files(paths, encoding):
     Names that begin with a dot are passed over. Raises UserError where a path does not exist, or where there
     is no text file.
     """
-    found = []
+    # {what the path leads to in the end: path}: links may lead to a file that is there already.
+    found = {}
     left_out = 0
     for path in map(Path, paths):
         if path.is_file():
-            found.append(path)  # asked for by name, so it is text
+            found[path.resolve()] = path  # asked for by name, so it is text
         elif (path / "meta.json").exists():
             raise UserError(f"{path} is a prepared dataset, not text")
         elif path.is_dir():
@@ -678,26 +655,26 @@ def find_text_files(paths, encoding):
                 if hidden or not file.is_file():
                     continue
                 if is_text(file, encoding):
-                    found.append(file)
+                    found[file.resolve()] = file
                 else:
                     left_out += 1
-        elif path.exists():
-            # A pipe would be empty at the second reading.
-            raise UserError(f"{path} is no regular file; text is read twice, so save it into a file first")
         else:
-            near = difflib.get_close_matches(str(path), NAMES, n=1) or NAMES
-            raise UserError(f"{path} is neither a file nor a folder; did you mean {', '.join(near)}?")
+            # A pipe would be empty at the second reading.
+            near = difflib.get_close_matches(str(path), NAMES, 1) or NAMES
+            raise UserError(
+                f"{path} is neither a folder nor a file that can be read twice; "
+                f"did you mean {', '.join(near)}?"
+            )
     if not found:
         raise UserError("no text file in the folder; a file that you name is taken as it is")
     if left_out:
         print(f"{left_out:,} files are not text")
-    # Links may lead to a file that is there already: by what a path leads to in the end, each counts once.
-    return list({file.resolve(): file for file in found}.values())
+    return found.values()
 
 
 def is_text(path, encoding):
     """Whether a file of a folder is named as text is, and begins as text does. Raises UserError."""
-    if unpacked(path).suffix.lower() not in (*SUFFIXES, ""):
+    if unpacked(path).suffix.lower() not in SUFFIXES:
         return False
     try:
         with open_text(path, encoding=encoding):
@@ -720,28 +697,6 @@ def pydocs():
 #             -> encode_batches, in threads -> ("train" or "val", token IDs) -> write_bins
 
 
-# First reading: a character tokenizer needs all characters, a split needs to know where nine tenths are.
-
-
-def count_text(documents, entries_of):
-    """How many documents and characters there are, and the set of all that entries_of finds in them."""
-    count = 0
-    characters = 0
-    entries = set()
-    for document in tqdm(documents, "documents", disable=None):
-        count += 1
-        for piece in document:
-            characters += len(piece)
-            if entries_of:
-                entries.update(entries_of(piece))
-                if len(entries) > MAX_VOCAB:  # the rest of the text would not help
-                    return count, characters, entries
-    return count, characters, entries
-
-
-# Second reading: from here on, a text knows its side.
-
-
 def split_documents(documents, count, characters, val_fraction, ends=True):
     """("train" or "val", text), in order, of count documents that have so many characters altogether.
 
@@ -749,7 +704,7 @@ def split_documents(documents, count, characters, val_fraction, ends=True):
     follows it, where the vocabulary has it: the last of every 1 / val_fraction validates, and one at least.
     """
     to_train = int(characters * (1 - val_fraction))  # of one document: characters that still go to train.bin
-    for i, document in enumerate(documents):
+    for i, document in enumerate(documents, 1):
         if count == 1:
             for piece in document:
                 yield "train", piece[:to_train]
@@ -757,8 +712,8 @@ def split_documents(documents, count, characters, val_fraction, ends=True):
                 to_train = max(0, to_train - len(piece))
             return
         # How many validate of those so far, this one included: of all of them, one at least.
-        wanted = max(int((i + 1) * val_fraction), i + 1 == count)
-        split = "val" if wanted > int(i * val_fraction) else "train"
+        wanted = max(int(i * val_fraction), i == count)
+        split = "val" if wanted > int((i - 1) * val_fraction) else "train"
         for piece in document:
             yield split, piece
         if ends:
@@ -805,7 +760,7 @@ def encode_batches(batches, tokenizer):
 DATASET_FILES = {"train.bin", "val.bin", "meta.json", "ckpt.pt"}
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path, content):
     """Write a file so that path is the complete old file or the complete new one at any moment."""
     partial = Path(f"{path}.partial")
     try:
@@ -822,16 +777,11 @@ def read_json(path):
     """The object in a JSON file; an empty one where there is no such file. Raises UserError."""
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no JSON object")
-        return found
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    with user_error(f"{path} is damaged, or no JSON object"):
+        return {**json.loads(path.read_bytes())}
 
 
-def load_dataset(name: str, block_size: int, vocab_size: int | None = None, check_ids: bool = True) -> tuple:
+def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, meta.json and the tokenizer.
 
     vocab_size: of the model that is to read them, where it is not the dataset's
@@ -868,16 +818,18 @@ def load_dataset(name: str, block_size: int, vocab_size: int | None = None, chec
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
         if check_ids and data.max() >= vocab_size:  # it would crash a GPU without a word
-            raise UserError(f"{path} has the ID {data.max()}, but a vocabulary of {vocab_size}")
+            raise UserError(f"{path} has the ID {data.max()}, which is beyond the vocabulary")
         splits.append(data)
     return *splits, meta, tokenizer
 
 
 @contextmanager
-def new_folder(name, meta):
-    """A folder to fill, which becomes data/<name>/ when all is done; until then that is the old one, or none.
+def new_folder(name, tokenizer, sources):
+    """(a folder to fill, what its meta.json is to hold), inside the with block.
 
-    meta: what its meta.json is to hold in the end
+    It becomes data/<name>/ when all is done; until then that is the old one, or none.
+    tokenizer: has meta and vocab_size
+    sources: {"url" or "path": where the content is from, "sha256": ...} each
     Raises UserError where data/<name>/ holds anything that is not ours.
     """
     folder = Path("data", name).resolve()  # where a link points to, which stays as it is
@@ -888,29 +840,13 @@ def new_folder(name, meta):
         # What we write has a meta.json: a train.bin alone is another program's. An empty folder is nobody's.
         if found and not {"meta.json"} <= found <= DATASET_FILES:
             raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
-    for path in (new, old):
-        shutil.rmtree(path, ignore_errors=True)  # what a killed run left
+
+    def clear():
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    clear()  # what a killed run left
     new.mkdir(parents=True)
-    try:
-        yield new
-        (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        # A folder cannot be renamed to one that holds files, so the old one makes room first.
-        if folder.exists():
-            print(f"data/{name} is replaced", file=sys.stderr)
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def write_bins(name, ids, tokenizer, sources):
-    """Write data/<name>/, say how it is split, and return how many token IDs it holds. Raises UserError.
-
-    ids: ("train" or "val", array of uint16 token IDs), in order
-    tokenizer: has meta and vocab_size
-    sources: {"url" or "path": where the text is from, "sha256": ...} each
-    """
     meta = {
         "dataset": name,
         "tokenizer": tokenizer.meta,
@@ -918,7 +854,25 @@ def write_bins(name, ids, tokenizer, sources):
         "dtype": "uint16",
         "sources": sources,
     }
-    with new_folder(name, meta) as folder:
+    try:
+        yield new, meta
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        # A folder cannot be renamed to one that holds files, so the old one makes room first.
+        if folder.exists():
+            print(f"data/{name} is replaced", file=sys.stderr)
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        clear()
+
+
+def write_bins(name, ids, tokenizer, sources):
+    """Write data/<name>/, say how it is split, and return how many token IDs it holds. Raises UserError.
+
+    ids: ("train" or "val", array of uint16 token IDs), in order
+    tokenizer, sources: as in new_folder
+    """
+    with new_folder(name, tokenizer, sources) as (folder, meta):
         with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
             files = {"train": train, "val": val}
             for split, part in ids:
@@ -941,7 +895,7 @@ def write_bins(name, ids, tokenizer, sources):
 def write_dataset(name, documents, sources, kind, val_fraction=0.1):
     """Tokenize documents, read twice, into data/<name>/, whole or absent at any time. Raises UserError.
 
-    sources: as in write_bins
+    sources: as in new_folder
     kind: a name in TOKENIZERS, or what tokenizer_of takes
     """
     entries_of = TOKENIZERS.get(kind, Tokenizer).entries
@@ -952,16 +906,26 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1):
             tokenizer = tokenizer_of(kind)
         # Fetches its files, which may fail, before the text is read, and before several threads want them.
         tokenizer.encode("")
-    count, characters, entries = count_text(documents, entries_of)
+    # First reading: a character tokenizer needs all characters, a split needs to know where nine tenths are.
+    count = 0
+    characters = 0
+    entries = set()
+    for document in tqdm(documents, "documents", disable=None):  # None: a bar on a terminal alone
+        count += 1
+        for piece in document:
+            characters += len(piece)
+            # Where there are too many already, more of them would only fill the memory.
+            if entries_of and len(entries) <= MAX_VOCAB:
+                entries.update(entries_of(piece))
     if count == 0:
         raise UserError(f"there is no text to make data/{name} of")
     if entries_of:
         tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
-    # All of these are generators: nothing is read before write_bins asks for it.
+    # Second reading, in which a text knows its side. All of these are generators: nothing is read before
+    # write_bins asks for it.
     texts = split_documents(documents, count, characters, val_fraction, tokenizer.end_of_text is not None)
-    # disable=None: a bar on a terminal alone.
     progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
     tokens = write_bins(name, encode_batches(progress, tokenizer), tokenizer, sources)
     print(f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token")
@@ -976,7 +940,7 @@ def prepare_fineweb(name, shards):
         url = FINEWEB_URL.format(split, i)
         path = cached(url)
         tokens = (path.stat().st_size - FINEWEB_HEADER) / 2
-        if np.fromfile(path, "<i4", 3).tolist() != [FINEWEB_MAGIC, 1, tokens]:
+        if np.fromfile(path, "<i4", 3).tolist() != [20240520, 1, tokens]:
             path.unlink()  # the next run downloads it again
             raise UserError(f"{url} came as something else than a shard of token IDs; run it again")
         sources.append({"url": url, "sha256": file_sha256(path)})
@@ -991,45 +955,39 @@ def prepare_fineweb(name, shards):
 def prepare_gpt2(name, size):
     """OpenAI's checkpoint -> data/<name>/ckpt.pt and meta.json. size: OpenAI's name of it, such as 124M.
 
-    Raises UserError, and OSError where the disk is full.
+    Raises UserError.
     """
-    path = Path("data", name, "ckpt.pt")
-    if path.exists():
-        print(f"{path} is there already")
+    checkpoint = Path("data", name, "ckpt.pt")
+    if checkpoint.exists():
+        print(f"{checkpoint} is there already")
         return
     import torch
 
-    # TensorFlow wants all files of a checkpoint in one folder.
-    cache = Path(f"data/.cache/gpt2-{size}")
     sources = []
     for file in GPT2_FILES.split():
         url = f"{GPT2_URL}/{size}/{file}"
-        download(url, cache / file)
-        sources.append({"url": url, "sha256": file_sha256(cache / file)})
-    weights, model_args = read_gpt2(cache)
-    meta = {"dataset": name, **GPT2_META, "sources": sources}
-    with new_folder(name, meta) as folder:
-        try:
+        path = cached(url)
+        sources.append({"url": url, "sha256": file_sha256(path)})
+    # TensorFlow wants all files of a checkpoint in one folder, as they are at OpenAI's.
+    weights, model_args = read_gpt2(path.parent)
+    with new_folder(name, GPT2Tokenizer, sources) as (folder, meta):
+        with user_error(f"cannot write {checkpoint}, is the disk full?"):
             torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
-        except RuntimeError:  # torch's only error for a full disk
-            raise OSError(f"cannot write {path}") from None
-    shutil.rmtree(cache)  # as large again, and no longer needed
-    print(f"{path} is ready for --init_from={name}")
+    shutil.rmtree(path.parent)  # as large again, and no longer needed
+    print(f"{checkpoint} is ready for --init_from={name}")
 
 
 def read_gpt2(folder):
     """The weights of a GPT-2 that TensorFlow saved, by our names, and its model_args. Raises UserError."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow prints a lot
-    try:
+    with user_error("OpenAI's files are TensorFlow's; install it: pip install tensorflow"):
         import tensorflow as tf
-    except ImportError:
-        raise UserError("OpenAI's files are TensorFlow's; install it: pip install tensorflow") from None
     import torch
 
     from model import GPT
 
     weights = {}
-    try:
+    with user_error(f"{folder} is no GPT-2, or damaged; delete it and try again"):
         # n_layer, n_head and n_embd have the same names.
         model_args = json.loads((folder / "hparams.json").read_text())
         model_args["block_size"] = model_args.pop("n_ctx")
@@ -1046,8 +1004,6 @@ def read_gpt2(folder):
         weights["lm_head.weight"] = weights["transformer.wte.weight"]  # GPT-2 ties the two
         # Raises where a name or shape differs.
         GPT.from_checkpoint({"model": weights, "model_args": model_args})
-    except Exception as error:  # TensorFlow has types of its own
-        raise UserError(f"{folder} is no GPT-2, or damaged; delete it and try again: {error}") from None
     return weights, model_args
 
 
@@ -1108,16 +1064,13 @@ def prepare(args):
             raise UserError("fineweb comes as GPT-2 token IDs, in 1 to 103 shards: see --help")
         return prepare_fineweb(name, args.shards)
 
-    try:
+    with user_error(f"--encoding={args.encoding}"):
         codecs.lookup(args.encoding)
-    except LookupError:
-        raise UserError(f"--encoding={args.encoding} is none that Python knows") from None
     # Text: what its documents are, and where they are from.
     if what == "pydocs":
-        text = pydocs()
-        documents = [[text]]
-        sha256 = hashlib.sha256(text.encode()).hexdigest()
-        sources = [{"path": f"pydoc_data.topics of Python {sys.version.split()[0]}", "sha256": sha256}]
+        documents = [[pydocs()]]
+        sha256 = hashlib.sha256(pydocs().encode()).hexdigest()
+        sources = [{"path": "pydoc_data.topics", "sha256": sha256}]
     elif file:
         url, sha256 = file
         documents = TextFiles([cached(url, sha256)])
@@ -1130,7 +1083,9 @@ def prepare(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=f"NAME: {', '.join(NAMES)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files")
     add(
