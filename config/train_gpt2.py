@@ -1,6 +1,7 @@
-# GPT-2 124M on FineWeb, about 0.5M tokens a step, for 8 GPUs:
+# GPT-2 124M on 10 billion tokens of FineWeb (prepare.py fineweb --shards=103), half a million a step, on 8 GPUs:
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# On another number of GPUs the run is the same, as long as the number divides gradient_accumulation_steps.
+# The run is the same on 1, 2, 4, 8, 16 or 32 GPUs. On eight with room for it, --batch_size=64
+# --gradient_accumulation_steps=8 makes the same step of fewer micro-batches.
 
 out_dir = "out/gpt2"
 dataset = "fineweb"
@@ -9,15 +10,15 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-batch_size = 12
-gradient_accumulation_steps = 5 * 8  # 40 * 12 * 1024 = 491,520 tokens a step
+batch_size = 16
+gradient_accumulation_steps = 32  # 32 * 16 * 1024 = 524,288 tokens a step
 
 learning_rate = 6e-4
-min_lr = 6e-5
+min_lr = 0.0
 weight_decay = 0.1
 beta2 = 0.95
-warmup_iters = 2000
-max_iters = 600000  # 300B tokens
+warmup_iters = 700
+max_iters = 19560  # 10 billion tokens, each once
 
 eval_interval = 1000
 eval_iters = 200

@@ -5,6 +5,7 @@
     python tests/bench.py sample --peer=../nanoGPT
     python tests/bench.py tokenize --mb=1000
     python tests/bench.py ladder --plot=assets/ladder.png
+    python tests/bench.py gpu --peer=../nanoGPT
 
 Rounds alternate ours and the peer, so that a machine that drifts slows both; medians, ranges and ratios are
 printed, and a line of JSON. The dataset must be prepared here.
@@ -23,13 +24,15 @@ import random
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -52,21 +55,37 @@ def our_settings(config: str, flags: list[str]) -> dict:
     return settings
 
 
-def finished(command: list, cwd: Path | None = None) -> tuple[str, float]:
-    """A process's standard output and its peak memory in bytes."""
+# in the place of `python script`: what PyTorch had allocated on the GPU at most becomes the last line
+WITH_GPU_MEMORY = """
+import atexit, os, runpy, sys, torch
+del sys.argv[0]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+atexit.register(lambda: print(torch.cuda.max_memory_allocated()))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def finished(command: list, cwd: Path | None = None, gpu: bool = False) -> tuple[str, float]:
+    """A Python command's standard output and its peak memory in bytes, on the GPU if it runs there."""
+    if gpu:
+        command = [command[0], "-c", WITH_GPU_MEMORY, *command[1:]]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit(f"{command} failed: {(err.seek(0), err.read())[1][-2000:]}")
-        return (out.seek(0), out.read())[1], usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        said = (out.seek(0), out.read())[1]
+        if gpu:
+            return said, int(said.splitlines()[-1])
+        return said, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def train_ours(config: str, own: list[str], seed: int, flags: list[str]) -> dict:
     """ms of a step, (seconds of training, whole-split loss) of each evaluation, and bytes at the peak."""
     with tempfile.TemporaryDirectory() as out:
         flags = [*own, *flags, f"--seed={seed}", "--log_interval=1", "--sample_prompt=", f"--out_dir={out}"]
-        _, memory = finished([sys.executable, REPO / "train.py", config, *flags])
+        on_gpu = "--device=cuda" in flags
+        _, memory = finished([sys.executable, REPO / "train.py", config, *flags], gpu=on_gpu)
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "loss" in line]
     ms = [1000 * (after - before) for before, after in zip([0, *seconds], seconds, strict=False)]
@@ -125,7 +144,7 @@ def train_peer(peer: Path, settings: dict, own: list[str], seed: int, flags: lis
     with tempfile.NamedTemporaryFile("w", dir=peer, suffix=".py") as script:
         script.write(code)
         script.flush()
-        said, memory = finished([sys.executable, script.name, *flags], cwd=peer)
+        said, memory = finished([sys.executable, script.name, *flags], peer, "--device=cuda" in flags)
     curve = [(float(t), float(loss)) for t, loss in re.findall(r"^full (\S+) (\S+)$", said, re.M)]
     return {
         "ms": median_ms([float(ms) for ms in re.findall(r"time ([\d.]+)ms", said)]),
@@ -137,6 +156,13 @@ def train_peer(peer: Path, settings: dict, own: list[str], seed: int, flags: lis
 # dense bfloat16 (V100, T4: float16) tensor FLOP/s, as the makers give them
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12}
 PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 5090": 210e12, "MI300X": 1307e12, "V100": 125e12, "T4": 65e12}
+# bytes of GPU memory a second, as the makers give them; A100: the one of 80 GB
+BANDWIDTH = {"A100": 2.0e12, "H100": 3.35e12, "H200": 4.8e12, "B200": 8e12}
+
+
+def of_card(table: dict[str, float], gpu: str) -> float | None:
+    """A table's entry for the GPU that PyTorch calls so, as in "NVIDIA H100 80GB HBM3"."""
+    return next((value for name, value in table.items() if re.search(rf"\b{name}\b", gpu)), None)
 
 
 def utilization(settings: dict, tokens_per_second: float, device: str) -> str:
@@ -150,7 +176,7 @@ def utilization(settings: dict, tokens_per_second: float, device: str) -> str:
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **{name: settings[name] for name in names}))
     gpu = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", gpu)), None)
+    peak = of_card(PEAK_FLOPS, gpu)
     flops = tokens_per_second * model.flops_per_token()
     if device == "cuda" and peak:
         return f"MFU {100 * flops / peak:.1f}% of {gpu}"
@@ -314,14 +340,7 @@ def generators(args: argparse.Namespace) -> dict:
         )
 
     def nanogpt():
-        spec = importlib.util.spec_from_file_location("nanogpt", Path(args.peer, "model.py"))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sizes = {
-            name: getattr(config, name) for name in "block_size vocab_size n_layer n_head n_embd".split()
-        }
-        with contextlib.redirect_stdout(None):
-            model = module.GPT(module.GPTConfig(**sizes)).eval().to(args.device, getattr(torch, dtypes[0]))
+        model = peer_model(args.peer, config).eval().to(args.device, getattr(torch, dtypes[0]))
         return model, lambda idx, n: model.generate(idx, n, top_k=200)
 
     for dtype in dtypes:
@@ -332,6 +351,16 @@ def generators(args: argparse.Namespace) -> dict:
     if args.peer:
         models[f"nanoGPT {dtypes[0]}"] = nanogpt
     return models
+
+
+def peer_model(peer: str, config: Any) -> Any:
+    """nanoGPT's model of our configuration, from a checkout of it."""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(peer, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    same = "block_size vocab_size n_layer n_head n_embd dropout bias"
+    with contextlib.redirect_stdout(None):
+        return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in same.split()}))
 
 
 def token_times(model: Any, generate: Callable, idx: Any, n: int) -> list[float]:
@@ -395,6 +424,292 @@ def bench_sample(args: argparse.Namespace) -> None:
         memory[name] = int(said.split()[-1])
         print(f"{name:28} {memory[name] / 1e9:.2f} GB at the peak: batch 8 after 900 tokens, alone")
     print(json.dumps({"bench": "sample", **vars(args), "run": None, "results": results, "memory": memory}))
+
+
+# -- a GPU ---------------------------------------------------------------------------------------------------
+
+GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "1558M": (48, 25, 1600)}
+# seconds for each part of bench gpu; what one does not need, the next may take
+GPU_SECONDS = {"train": 240, "sample": 115, "baby": 125}
+GPU_TRAIN = [("124M", 12), ("124M", 64), ("355M", 16)]  # sizes and windows a micro-batch, of 1024 tokens
+GPU_SAMPLE = ["124M", "1558M"]
+
+
+def gpt2_config(size: str, **others: Any) -> Any:
+    from model import GPTConfig
+
+    n_layer, n_head, n_embd = GPT2_SIZES[size]
+    return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, **others)
+
+
+def training_step(model: Any, optimizers: list, x: Any, y: Any) -> Callable:
+    """A function that does what train.py does in a step of one micro-batch, or nanoGPT's train.py."""
+    import torch
+
+    compiled = torch.compile(model)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            logits, loss = compiled(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_gpu_training(size: str, rows: int, peer: str | None) -> Iterator[dict]:
+    """A row of figures of ours; then, in turns with nanoGPT, of both. Compiled, in bfloat16.
+
+    Without biases, as nanoGPT's train.py has it. The tokens are random and on the GPU from the start.
+    """
+    import torch
+
+    from model import GPT
+
+    torch.manual_seed(1337)
+    torch.set_float32_matmul_precision("high")  # as both do, in other words
+    config = gpt2_config(size, bias=False)
+    x, y = torch.randint(50257, (2, rows, config.block_size), device="cuda")
+    with torch.device("meta"):
+        tflop = GPT(config).flops_per_token() / 1e12
+    steps, counts, seconds, figures = {}, {}, {}, {}
+
+    def add(name):
+        """Compile a contender's step, and see what memory it takes beside what was there before."""
+        before = torch.cuda.memory_allocated()
+        started = time.perf_counter()
+        if name == "nanoGPT":
+            model = peer_model(peer, config).to("cuda")
+            with contextlib.redirect_stdout(None):
+                optimizers = [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cuda")]
+        else:
+            with torch.device("cuda"):
+                model = GPT(config)
+            optimizers = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95))
+        figures[name] = {"name": name, "size": size, "rows": rows, "tflop_a_token": tflop}
+        steps[name] = training_step(model, optimizers, x, y)
+        run_steps(name, 1)
+        figures[name]["first_step_s"] = time.perf_counter() - started
+        torch.cuda.reset_peak_memory_stats()  # compiling is over
+        run_steps(name, 3)
+        figures[name]["memory"] = torch.cuda.max_memory_allocated() - before
+        counts[name] = max(3, round(1.5 / run_steps(name, 3)))
+        seconds[name] = []
+
+    def run_steps(name, n):
+        """Seconds of a step, the mean of n."""
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(n):
+            steps[name]()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / n
+
+    def turn(name):
+        torch.cuda.empty_cache()  # the other's activations have other shapes
+        run_steps(name, 2)
+        seconds[name].append(run_steps(name, counts[name]))
+        speeds = [rows * config.block_size / each for each in seconds[name]]
+        return figures[name] | {"tokens_per_second": speeds}
+
+    add("plainGPT")
+    if peer:
+        yield turn("plainGPT")  # should the time be over before the other is compiled
+        seconds["plainGPT"].clear()
+        add("nanoGPT")
+    for _ in range(3):
+        measured = [turn(name) for name in steps]
+    yield from measured
+
+
+def time_gpu_generation(size: str, _peer: str | None) -> Iterator[dict]:
+    """A row of figures of sample.py's loop for one sample in bfloat16: step by step from Python, then as
+    sample.py does it, with a CUDA graph, and of the small size compiled as well.
+    """
+    import torch
+
+    from model import GPT
+    from sample import optimize_for_generation
+
+    torch.manual_seed(1337)
+    with torch.device("cuda"):  # drawn there, or 1558M would take a minute
+        model = GPT(gpt2_config(size, vocab_size=50257)).eval().to(torch.bfloat16)
+    # each token reads all weights but the position embeddings, of which it takes one row
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "wpe" not in name)
+    idx = torch.randint(50257, (1, 16), device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1337)
+    for name in ("eager", "graph", "compiled") if size == "124M" else ("eager", "graph"):
+        if name != "eager":
+            optimize_for_generation(model, 1, name == "compiled")
+        speeds, starts = [], []
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(4):  # the first warms up, and compiles
+            times = [time.perf_counter()]
+            for tokens in model.generate_stream(idx, 256, 0.8, 200, None, generator, 50256, 50257):
+                tokens[:, 0].tolist()  # as sample.py takes them
+                times.append(time.perf_counter())
+            starts.append(times[16] - times[0])
+            speeds.append((len(times) - 17) / (times[-1] - times[16]))
+        yield {
+            "name": name,
+            "size": size,
+            "tokens_per_second": speeds[1:],
+            "bytes_a_token": weights,
+            "first_16_tokens_s": starts,
+            "memory": torch.cuda.max_memory_allocated(),
+        }
+
+
+def lines_until(deadline: float, command: list, number: int) -> Iterator[str]:
+    """A process's lines as they come. At the deadline it gets the signal of that number; 20 s later it ends.
+
+    Its errors go to our standard error.
+    """
+    command = [str(part) for part in command]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
+    ) as process:
+
+        def end():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the processes that compile for it too
+
+        left = max(0, deadline - time.monotonic())
+        timers = [threading.Timer(left, process.send_signal, [number]), threading.Timer(left + 20, end)]
+        for timer in timers:
+            timer.start()
+        yield from process.stdout
+        process.wait()
+        for timer in timers:
+            timer.cancel()
+    if process.returncode:
+        print(f"ended with {process.returncode}: {' '.join(command[1:])}", flush=True)
+
+
+def gpu_row(row: dict, gpu: str) -> str:
+    """A line of the table; adds to the row what follows from the card's peaks."""
+    speed = statistics.median(row["tokens_per_second"])
+    line = f"{row['size']:>6} {row['name']:9} "
+    if "rows" in row:
+        row["tflops"] = speed * row["tflop_a_token"]
+        line += f"{row['rows']:3} x 1024 {spread(row['tokens_per_second'], 0):>30} tokens/s "
+        line += f"{row['tflops']:6.1f} TFLOP/s"
+        if peak := of_card(PEAK_FLOPS, gpu):
+            row["share_of_peak"] = row["tflops"] * 1e12 / peak
+            line += f", {row['share_of_peak']:5.1%} of peak"
+        line += f", first step after {row['first_step_s']:.0f} s"
+    else:
+        line += f"{spread(row['tokens_per_second'], 1):>30} tokens/s"
+        if bandwidth := of_card(BANDWIDTH, gpu):
+            row["share_of_bytes_bound"] = speed * row["bytes_a_token"] / bandwidth
+            line += f", {row['share_of_bytes_bound']:5.1%} of {bandwidth / row['bytes_a_token']:.0f}"
+        starts = row["first_16_tokens_s"]
+        line += f", 16 tokens after {starts[0]:.1f} s, then {starts[-1]:.2f} s"
+    return f"{line}, {row['memory'] / 2**30:.2f} GiB"
+
+
+def run_baby(deadline: float) -> dict | None:
+    """train.py on the baby GPT, as its config has it; its best validation loss and its times."""
+    config = "config/train_shakespeare_char.py"
+    if not Path("data/shakespeare_char/meta.json").exists():
+        print("data/shakespeare_char is not prepared: no baby GPT", flush=True)
+        return None
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["--device=cuda", "--sample_prompt=", f"--out_dir={out}"]
+        started = time.perf_counter()
+        for line in lines_until(
+            deadline, [sys.executable, REPO / "train.py", REPO / config, *flags], signal.SIGTERM
+        ):
+            if line.startswith(("step ", "stopped")):
+                print(f"{time.perf_counter() - started:5.0f} s, {line}", end="", flush=True)
+        wall = time.perf_counter() - started
+        path = Path(out, "metrics.jsonl")
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    evaluations = [line for line in lines if "val_loss" in line]
+    if not evaluations:
+        return None
+    best = min(evaluations, key=lambda line: line["val_loss"])
+    training = [line for line in lines if "loss" in line]
+    speeds = [line["tokens_per_second"] for line in training[len(training) // 5 :]]
+    row = {"best_val_loss": best["val_loss"], "step": best["step"], "seconds_to_best": best["seconds"]}
+    row |= {"steps": evaluations[-1]["step"], "seconds": evaluations[-1]["seconds"], "wall_seconds": wall}
+    row["tokens_per_second"] = statistics.median(speeds) if speeds else 0.0
+    print(
+        f"baby GPT: best validation loss {row['best_val_loss']:.4f} at step {row['step']} after "
+        f"{row['seconds_to_best']:.0f} s of training; {row['steps']} steps in {row['seconds']:.0f} s, "
+        f"{row['tokens_per_second']:,.0f} tokens/s; {wall:.0f} s with start, compiling and evaluations",
+        flush=True,
+    )
+    return row
+
+
+def bench_gpu(args: argparse.Namespace) -> None:
+    """Each measurement in a process of its own, which gives its memory back and can be stopped."""
+    import torch
+
+    if args.only:
+        kind, size, *rows = args.only.split(":")
+        if kind == "train":
+            figures = time_gpu_training(size, int(rows[0]), args.peer)
+        else:
+            figures = time_gpu_generation(size, args.peer)
+        for row in figures:
+            print(json.dumps(row), flush=True)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("PyTorch finds no CUDA GPU here")
+    gpu = torch.cuda.get_device_name()
+    results: dict[str, Any] = {"bench": "gpu", "gpu": gpu, "torch": torch.__version__, "peer": args.peer}
+    print(f"{gpu}, torch {torch.__version__}, Python {platform.python_version()}", flush=True)
+    deadline = time.monotonic()
+    for part in args.parts.split(","):
+        started = time.monotonic()
+        deadline += GPU_SECONDS[part]
+        print(f"-- {part}: at most {deadline - started:.0f} s", flush=True)
+        if part == "baby":
+            results[part] = run_baby(deadline)
+        else:
+            tasks = [f"train:{size}:{rows}" for size, rows in GPU_TRAIN]
+            if part == "sample":
+                tasks = [f"sample:{size}" for size in GPU_SAMPLE]
+            results[part] = []
+            for task in tasks:
+                if time.monotonic() > deadline - 20:
+                    print(f"no time left for {task}", flush=True)
+                    continue
+                command = [sys.executable, __file__, "gpu", f"--only={task}"]
+                command += [f"--peer={args.peer}"] if args.peer else []
+                for line in lines_until(deadline, command, signal.SIGKILL):
+                    row = json.loads(line)
+                    print(gpu_row(row, gpu), flush=True)
+                    # a later row of the same contender has more rounds
+                    key = ("name", "size", "rows")
+                    same = [all(old.get(k) == row.get(k) for k in key) for old in results[part]]
+                    results[part] = [
+                        old for old, is_same in zip(results[part], same, strict=True) if not is_same
+                    ]
+                    results[part].append(row)
+            if part == "train":
+                print_gpu_ratios(results[part])
+        results[f"{part}_seconds"] = time.monotonic() - started
+        print(json.dumps(results), flush=True)
+
+
+def print_gpu_ratios(rows: list[dict]) -> None:
+    """Ours to nanoGPT's tokens a second, turn by turn."""
+    for theirs in (row for row in rows if row["name"] == "nanoGPT"):
+        for ours in rows:
+            if ours["name"] != "nanoGPT" and all(ours[key] == theirs[key] for key in ("size", "rows")):
+                pairs = zip(ours["tokens_per_second"], theirs["tokens_per_second"], strict=False)
+                ours["times_nanogpt"] = [a / b for a, b in pairs]
+                print(
+                    f"{ours['size']:>6} {ours['rows']} x 1024: {spread(ours['times_nanogpt'])} times nanoGPT,"
+                    f" {ours['memory'] / theirs['memory']:.2f} of its memory",
+                    flush=True,
+                )
 
 
 def timed(function: Callable) -> float:
@@ -532,6 +847,11 @@ def main() -> None:
     )
     tokenize.add_argument("--rounds", type=int, default=3)
     tokenize.set_defaults(run=bench_tokenize)
+    gpu = commands.add_parser("gpu", help="one CUDA GPU: training, generation, the baby GPT; 8 minutes")
+    gpu.add_argument("--parts", default="train,sample,baby", help="some of them, in this order")
+    gpu.add_argument("--peer", help="a checkout of nanoGPT to train beside ours, in turns")
+    gpu.add_argument("--only", help=argparse.SUPPRESS)
+    gpu.set_defaults(run=bench_gpu)
     args = parser.parse_args()
     args.run(args)
 
