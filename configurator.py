@@ -95,7 +95,7 @@ def read_settings(settings: dict) -> dict:
 
 def print_help(settings, known):
     """Print the script's docstring, and each setting with its default, comment and choices."""
-    print(settings["__doc__"])
+    print(settings["__doc__"] or "")  # python -OO has none
     print("Settings, each with its default:")
     for key, (kind, comment) in known.items():
         if get_origin(kind) is Literal:

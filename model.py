@@ -10,13 +10,15 @@ S the tokens that a key/value cache has room for.
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's form; Hendrycks and Gimpel 2016, section 2
@@ -42,6 +44,10 @@ FIELD_RANGES = {  # the least value, and what it must stay below
     "attn_dropout": (0, 1),
     "resid_dropout": (0, 1),
 }
+
+
+# of attention in generation: not cuDNN's, which on Hopper and later GPUs plans 30 ms for each new length
+GENERATION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class ModelError(ValueError):
@@ -71,6 +77,10 @@ class GPTConfig:
     init: str = "gpt2"  # "gpt2", "zero" or "torch": see GPT.init_weights
 
     def __post_init__(self):
+        for field in fields(self):  # those of a file may be of any type
+            value = getattr(self, field.name)
+            if not isinstance(value, field.type | int):
+                raise ModelError(f"{field.name} cannot be {value!r:.40}")
         for name, (low, limit) in FIELD_RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value < limit:
@@ -272,7 +282,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, all_logits: bool = False) -> tuple:
+    def forward(self, idx, targets=None, all_logits=False):
         """Predict the next token of each position, and measure the loss where targets are given.
 
         idx: (B, T) int64 token IDs; targets: (B, T) int64, those of -1 are ignored.
@@ -325,21 +335,21 @@ class GPT(nn.Module):
 
     # -- generation ------------------------------------------------------------------------------------------
 
-    compiled_step = None  # torch.compile(self.next_logits), for long texts: its first use takes a minute
+    compiled_step = None  # next_logits, made faster: see optimize_for_generation in sample.py
 
     @torch.no_grad()
     def generate_stream(
         self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-        stop: int | None = None,
-        vocab_size: int | None = None,
-        slide: int = 1,
-    ) -> Iterator[Tensor]:
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        generator=None,
+        stop=None,
+        vocab_size=None,
+        slide=1,
+    ):
         """Continue idx (B, T0), T0 >= 1, and yield each new token as (B, 1) int64. Call eval() first.
 
         temperature, top_k, top_p: as in next_token_probs. generator: of the draws; None takes torch's own.
@@ -367,8 +377,10 @@ class GPT(nn.Module):
             step = self.next_logits
             if cached > 0 and self.compiled_step:
                 step = self.compiled_step
-            # contiguous, so that the layout of what is compiled never changes
-            logits = step(idx[:, cached:].contiguous(), cache)  # (B, V)
+            with sdpa_kernel(GENERATION_KERNELS):
+                # a copy, so that the strides of what is compiled never change
+                new_idx = idx[:, cached:].clone(memory_format=torch.contiguous_format)
+                logits = step(new_idx, cache)  # (B, V)
             cached = idx.size(1)
             probs = next_token_probs(logits[:, :vocab_size], temperature, top_k, top_p)  # (B, V)
             new = draw(probs, generator)  # (B, 1)
@@ -381,7 +393,7 @@ class GPT(nn.Module):
                 return
             idx = torch.cat((idx, new), dim=1)
 
-    def generate(self, idx: Tensor, max_new_tokens: int, *sampling, **options) -> Tensor:
+    def generate(self, idx, max_new_tokens, *sampling, **options):
         """idx (B, T0) and up to max_new_tokens more, (B, T0 + N). The arguments are generate_stream's."""
         return torch.cat((idx, *self.generate_stream(idx, max_new_tokens, *sampling, **options)), dim=1)
 
@@ -419,24 +431,27 @@ class GPT(nn.Module):
     def from_checkpoint(cls, checkpoint: str | dict, device="cpu", **changes):
         """The model of a checkpoint, in eval mode.
 
-        checkpoint: a path, or what load_checkpoint returned, whose tensors the model takes over
+        checkpoint: a path, or what load_checkpoint returned; half-precision weights become float32
         changes: GPTConfig fields that are to differ: the dropouts, flash, init, or a smaller block_size
         Raises ModelError where it cannot be read or its weights do not fit.
         """
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
         weights = {}
-        for name, tensor in checkpoint["model"].items():
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which are no weights
-                weights[name.removeprefix("_orig_mod.")] = tensor  # the prefix of a compiled model
         try:
+            for name, tensor in checkpoint["model"].items():
+                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which are no weights
+                    weights[name.removeprefix("_orig_mod.")] = tensor  # the prefix of a compiled model
             config = GPTConfig(**(checkpoint["model_args"] | changes))
             if config.position == "learned" and "block_size" in changes:  # drops the last positions
                 wpe = weights["transformer.wpe.weight"]
                 weights["transformer.wpe.weight"] = wpe[: config.block_size].clone()
             with torch.device("meta"):  # takes no memory and no random numbers
                 model = cls(config)
-            model.load_state_dict(weights, assign=True)  # takes the tensors over, without a copy
+            model.load_state_dict(weights, assign=True)  # raises where a name or a shape differs
+            for p in model.parameters():
+                # dense and in memory of its own: those of a file may overlap, which optimizers do not expect
+                p.data = torch.empty(p.shape).copy_(p)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())  # PyTorch gives a line to each tensor
             raise ModelError(f"the checkpoint's weights do not fit the model: {reason}") from None
@@ -444,8 +459,9 @@ class GPT(nn.Module):
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ModelError("tie_weights is True, but the output layer differs from the token embedding")
             model.lm_head.weight = model.transformer.wte.weight  # loading has made them two
-        # half-precision files too: what is trained, is trained in float32
-        return model.to(device, torch.float32).eval()
+        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+            raise ModelError("the checkpoint's weights are not finite")
+        return model.to(device).eval()
 
     from_pretrained = from_checkpoint  # a Hugging Face folder is a checkpoint too
 
@@ -481,9 +497,7 @@ def check_sampling(temperature, top_k=None, top_p=None):
         raise ModelError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
 
 
-def next_token_probs(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """Probabilities (B, V) float32 of the next token, from its logits (B, V); what is ruled out gets 0.
 
     In this order: logits divided by temperature, where 0 is greedy; the top_k largest kept; of those, the
@@ -556,12 +570,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        rank, processes = 0, 1
+        if dist.is_initialized():
+            rank, processes = dist.get_rank(), dist.get_world_size()
         for group in self.param_groups:
-            for p in group["params"]:
+            for i, p in enumerate(group["params"]):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 momentum = state["momentum_buffer"].lerp_(p.grad, 0.05)  # a running mean, of which 0.95 stays
+                # the rest is shared out: all have the same gradients, and one does a matrix for all
+                if i % processes != rank:
+                    continue
                 update = p.grad.lerp(momentum, 0.95)  # Nesterov's: the newest gradient counts again
                 rows, columns = p.shape
                 if rows == 3 * columns:  # in this GPT c_attn alone
@@ -571,29 +591,67 @@ class Muon(torch.optim.Optimizer):
                 step_size = group["lr"] * math.sqrt(max(1, rows / columns))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update.reshape(p.shape), alpha=step_size)
+            for i, p in enumerate(group["params"]) if processes > 1 else ():
+                dist.broadcast(p, i % processes)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
+
+# the fields that train.py writes; a file may lack some of them
+CHECKPOINT_FIELDS = {
+    "model": dict,
+    "model_args": dict,
+    "config": dict,
+    "meta": dict,
+    "step": int,
+    "tokens": int,
+    "seconds": float,
+    "best_val_loss": float,
+    "evaluations_since_best": int,
+    "optimizer": list,
+    "scaler": dict,
+}
 
 
 def load_checkpoint(path: str) -> dict:
     """A checkpoint as a dictionary with at least model (the state dict) and model_args (GPTConfig's fields).
 
     path: a file of train.py or of nanoGPT, or a Hugging Face GPT-2 folder. Only tensors and plain data are
-    read; nothing in the file is run. Raises ModelError.
+    read; nothing in the file is run. model_args has all fields, and the fields of train.py have their types.
+    Raises ModelError.
     """
-    if Path(path).is_dir():
-        return load_hugging_face(Path(path))
+    path = Path(path)
+    if path.is_dir():
+        return load_hugging_face(path)
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is no regular file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if any(file.compress_type for file in archive.filelist):  # PyTorch's are not compressed
+                raise zipfile.BadZipFile
+        # tensors stay on the disk until they are used
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception:  # a damaged zip or a forbidden pickle raises any type there is
         raise ModelError(f"{path} is damaged, or holds other things than tensors and plain data") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise ModelError(f"{path} is no GPT checkpoint: it lacks model or model_args")
-    if "iter_num" in checkpoint:  # nanoGPT's, whose GELU is exact
-        checkpoint["model_args"].setdefault("activation", "gelu_erf")
+    args = {}
+    if "iter_num" in checkpoint:  # nanoGPT's, of which the rest is not ours
+        checkpoint = {name: checkpoint.get(name, {}) for name in ("model", "model_args", "config")}
+        args = {"activation": "gelu_erf"}  # its GELU is exact
+    try:
+        for name, kind in CHECKPOINT_FIELDS.items():
+            value = checkpoint.get(name, kind())
+            if not isinstance(value, kind) or (kind in (int, float) and not value >= 0):
+                raise TypeError(f"its {name} is {value!r:.40}")
+        # tensors may overlap: the output layer and the token embedding, but not more
+        if sum(tensor.nbytes for tensor in checkpoint["model"].values()) > 2 * path.stat().st_size:
+            raise TypeError("its tensors are larger than the file")
+        checkpoint["model_args"] = asdict(GPTConfig(**args | checkpoint["model_args"]))
+    except (AttributeError, ModelError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     return checkpoint
 
 
@@ -651,7 +709,7 @@ def load_hugging_face(folder):
     from safetensors.torch import load_file
 
     try:
-        settings = HF_DEFAULTS | json.loads((folder / "config.json").read_text())
+        settings = HF_DEFAULTS | json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
         supported = HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}
         for name, values in supported.items():
@@ -660,7 +718,7 @@ def load_hugging_face(folder):
         args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
     except KeyError as error:
         raise ModelError(f"{folder}/config.json lacks {error}") from None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
         raise ModelError(
             f"{folder} is no GPT-2 of Hugging Face's ({error}); of a run's folder, give {folder}/best.pt"
         ) from None
@@ -698,7 +756,18 @@ def pick_device(device):
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError):
         raise ModelError(f"device={device} is not available (CUDA needs a GPU); use --device=cpu") from None
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # or libraries take memory of the first GPU too
     return device
+
+
+def check_compiler(device):
+    """Raises ModelError where torch.compile does not work: no C++ compiler, or no Triton for this GPU."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:  # of the compiler's own types
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"torch.compile does not work here: {reason:.200}") from None
 
 
 def pick_dtype(dtype, device, training=False):

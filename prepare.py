@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -112,8 +113,10 @@ MAX_VOCAB = 65536  # what uint16 can count
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
 PIECE = 1_000_000
+# The longest text without a space, and the longest line of a .jsonl, in characters.
+LONGEST = 100 * PIECE
 # Threads that tokenize. More than eight would wait for the one that reads.
-THREADS = min(8, os.cpu_count())
+THREADS = min(8, os.cpu_count() or 1)
 
 # What is taken for text in a folder: the first is no suffix at all, as of README. A file that is named on the
 # command line may be called anything.
@@ -155,16 +158,22 @@ def download(url, path, sha256=None):
     path = Path(path)
     if path.is_file() and sha256 in (None, file_sha256(path)):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     # It gets its name when it is complete: until then nobody takes it for the file.
     part = Path(f"{path}.part")
-    # Twice, because what an earlier run left in path.part may be the beginning of another file.
-    for _ in range(2):
-        fetch(url, part)
-        if sha256 in (None, file_sha256(part)):
-            part.replace(path)
-            return
-        part.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.parent, wait=True):  # another process may be fetching the same file
+        # Twice, because what an earlier run left in path.part may be the beginning of another file.
+        for _ in range(2):
+            if path.is_file() and sha256 in (None, file_sha256(path)):
+                return
+            if part.is_symlink():
+                part.unlink()  # or somebody's file would be written to
+            fetch(url, part)
+            version_file(part).unlink(missing_ok=True)
+            if sha256 in (None, file_sha256(part)):
+                part.replace(path)
+                return
+            part.unlink()
     raise UserError(f"{url} has changed or was damaged on the way: it has another sha256 than expected")
 
 
@@ -198,8 +207,11 @@ def fetch_once(url, part):
 
     # Compressed on the way, a range would count other bytes.
     headers = {"Accept-Encoding": "identity"}
+    version = version_file(part)
     if part.exists():
         headers["Range"] = f"bytes={part.stat().st_size}-"
+        if version.exists():  # the rest of the same version, or else all of the new one
+            headers["If-Range"] = version.read_text()
     # Seconds to wait for the server's next bytes: a large file may take hours altogether.
     with requests.get(url, headers=headers, stream=True, timeout=30) as response:
         # 206: what follows part. 200: the whole file, whatever we asked for. 416: nothing follows part, which
@@ -207,11 +219,19 @@ def fetch_once(url, part):
         if response.status_code in (200, 416):
             part.unlink(missing_ok=True)
         response.raise_for_status()
+        found = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if found:
+            write_file(version, found.encode())
         # A server that streams does not say how much is to come: then only the checksum can tell.
         left = int(response.headers.get("Content-Length", 0))
         with open(part, "ab") as file, tqdm.wrapattr(file, "write", left, desc=part.stem) as watched:
             for chunk in response.iter_content(65536):
                 watched.write(chunk)
+
+
+def version_file(part):
+    """Where the server's name for the version stands of which part is the beginning."""
+    return part.with_name(f"{part.name}.version")
 
 
 def cached(url, sha256=None):
@@ -487,7 +507,8 @@ TO_LAST_WORD_END = re.compile(r"(?s:.*)\S(?=[ \n])")
 def whole_words(file, size=PIECE):
     """The text of a file, read size characters at a time, in pieces that end where a word does.
 
-    Where there is no space for long, a piece grows until there is one, and the memory that it takes with it.
+    Where there is no space for long, a piece grows until there is one. Raises UserError where there is none
+    in LONGEST characters, for the memory would grow with it.
     """
     # One str that grows, not a list: CPython extends it in place.
     rest = ""  # what has been read and does not belong to a piece yet
@@ -500,6 +521,8 @@ def whole_words(file, size=PIECE):
         if found:
             yield rest[: found.end()]
             rest = rest[found.end() :]
+        if len(rest) > LONGEST:
+            raise UserError(f"{file.name}: no space or newline in {LONGEST:,} characters")
         searched = len(rest) - 1  # the next block may begin with a space
     yield rest
 
@@ -621,7 +644,9 @@ class TextFiles:
     def read_jsonl(self, path):
         """A text of each line, an object that has it under text_key; blank lines are passed over."""
         with open_text(path, self.errors, self.encoding) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
+                if len(line) == LONGEST:
+                    raise UserError(f"{path}, line {number} is longer than {LONGEST:,} characters")
                 if not line.strip():
                     continue
                 # Whatever is wrong with a line, its number helps most.
@@ -649,12 +674,8 @@ def find_text_files(paths, encoding):
         elif (path / "meta.json").exists():
             raise UserError(f"{path} is a prepared dataset, not text")
         elif path.is_dir():
-            # Sorted, so that the same folder gives the same dataset on every system.
-            for file in sorted(path.rglob("*")):
-                hidden = "/." in f"/{file.relative_to(path).as_posix()}"
-                if hidden or not file.is_file():
-                    continue
-                if is_text(file, encoding):
+            for file in walk(path):
+                if file.is_file() and is_text(file, encoding):
                     found[file.resolve()] = file
                 else:
                     left_out += 1
@@ -668,8 +689,23 @@ def find_text_files(paths, encoding):
     if not found:
         raise UserError("no text file in the folder; a file that you name is taken as it is")
     if left_out:
-        print(f"{left_out:,} files are not text")
+        say(f"{left_out:,} files are not text, or are links to folders", sys.stdout)
     return found.values()
+
+
+def walk(folder):
+    """The files in a folder and its folders, links to folders, and whatever else there is, in sorted order.
+
+    The same folder gives the same order on every system. Raises UserError where one cannot be read.
+    """
+    with user_error(f"{folder} cannot be read"):
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                yield from walk(path)
+            else:
+                yield path
 
 
 def is_text(path, encoding):
@@ -745,13 +781,16 @@ def encode_batches(batches, tokenizer):
 
     # Threads suffice, without processes: tiktoken and NumPy work outside of Python's lock.
     under_way = []
-    with ThreadPoolExecutor(THREADS) as pool:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         for batch in batches:
             under_way.append(pool.submit(encode_batch, batch))
             if len(under_way) > 2 * THREADS:
                 yield from under_way.pop(0).result()
         for encoded in under_way:
             yield from encoded.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what has not begun need not be done
 
 
 # -- datasets ------------------------------------------------------------------------------------------------
@@ -762,9 +801,11 @@ DATASET_FILES = {"train.bin", "val.bin", "meta.json", "ckpt.pt"}
 
 def write_file(path, content):
     """Write a file so that path is the complete old file or the complete new one at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)  # what a kill left, or a link to somebody's file
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # onto the disk, before it gets its name
@@ -808,7 +849,7 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
         size = path.stat().st_size
         tokens = meta.get(f"{split}_tokens", size // 2)
         # A window is block_size tokens, and the one that follows them.
-        if size != 2 * tokens or tokens <= block_size:
+        if tokens != size / 2 or tokens <= block_size:
             raise UserError(
                 f"{path} is truncated, or {tokens} tokens are too few for {block_size=}: prepare it anew"
             )
@@ -840,13 +881,6 @@ def new_folder(name, tokenizer, sources):
         # What we write has a meta.json: a train.bin alone is another program's. An empty folder is nobody's.
         if found and not {"meta.json"} <= found <= DATASET_FILES:
             raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
-
-    def clear():
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-    clear()  # what a killed run left
-    new.mkdir(parents=True)
     meta = {
         "dataset": name,
         "tokenizer": tokenizer.meta,
@@ -854,16 +888,24 @@ def new_folder(name, tokenizer, sources):
         "dtype": "uint16",
         "sources": sources,
     }
-    try:
-        yield new, meta
-        (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        # A folder cannot be renamed to one that holds files, so the old one makes room first.
-        if folder.exists():
-            print(f"data/{name} is replaced", file=sys.stderr)
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        clear()
+    if new.is_symlink():
+        new.unlink()
+    new.mkdir(parents=True, exist_ok=True)
+    with lock(new):
+        try:
+            for path in new.iterdir():
+                path.unlink()  # what a killed run left
+            shutil.rmtree(old, ignore_errors=True)
+            yield new, meta
+            (new / "meta.json").write_text(json.dumps(meta, indent=1))
+            # A folder cannot be renamed to one that holds files, so the old one makes room first.
+            if folder.exists():
+                say(f"data/{name} is replaced", sys.stderr)
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_bins(name, ids, tokenizer, sources):
@@ -885,9 +927,10 @@ def write_bins(name, ids, tokenizer, sources):
         meta |= {"train_tokens": train_tokens, "val_tokens": val_tokens}
 
     tokens = train_tokens + val_tokens
-    print(
+    say(
         f"data/{name}: {train_tokens:,} train ({train_tokens / tokens:.1%}) and "
-        f"{val_tokens:,} validation tokens ({val_tokens / tokens:.1%})"
+        f"{val_tokens:,} validation tokens ({val_tokens / tokens:.1%})",
+        sys.stdout,
     )
     return tokens
 
@@ -928,7 +971,7 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1):
     texts = split_documents(documents, count, characters, val_fraction, tokenizer.end_of_text is not None)
     progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
     tokens = write_bins(name, encode_batches(progress, tokenizer), tokenizer, sources)
-    print(f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token")
+    say(f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token", sys.stdout)
 
 
 def prepare_fineweb(name, shards):
@@ -959,7 +1002,7 @@ def prepare_gpt2(name, size):
     """
     checkpoint = Path("data", name, "ckpt.pt")
     if checkpoint.exists():
-        print(f"{checkpoint} is there already")
+        say(f"{checkpoint} is there already", sys.stdout)
         return
     import torch
 
@@ -974,7 +1017,7 @@ def prepare_gpt2(name, size):
         with user_error(f"cannot write {checkpoint}, is the disk full?"):
             torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
     shutil.rmtree(path.parent)  # as large again, and no longer needed
-    print(f"{checkpoint} is ready for --init_from={name}")
+    say(f"{checkpoint} is ready for --init_from={name}", sys.stdout)
 
 
 def read_gpt2(folder):
@@ -1022,9 +1065,54 @@ def weights_path(init_from):
 
 def speak_utf8():
     """Let the standard streams be UTF-8 everywhere; what is none is spelled out, and ends no run."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream:  # None where it is closed
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    for name in ("stdin", "stdout", "stderr"):
+        # None where it is closed; a file that is opened would take its place, and what is printed
+        stream = getattr(sys, name) or open(os.devnull, "r+")
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        setattr(sys, name, stream)
+
+
+def say(line, stream):
+    """Write a line, above a progress bar. A stream that fails is given up: what is printed ends no run."""
+    try:
+        tqdm.write(visible(line, stream), stream)
+        stream.flush()
+    except OSError:  # a full disk, a closed terminal, or nobody reads any more
+        give_up(stream)
+
+
+def give_up(stream):
+    """What is written to a stream from here on goes nowhere, so that Python's last flush cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def visible(text, stream):
+    """The text for a stream; a terminal gets control characters spelled out, for it would obey them."""
+    if not stream.isatty():
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
+@contextmanager
+def lock(folder, wait=False):
+    """Keep other processes out of a folder inside the with block. Raises UserError where one is in it.
+
+    wait: until that one has ended, instead of an error
+    A lock of the system's on what is there anyway: it leaves nothing behind, however the process ends.
+    """
+    if sys.platform == "win32":  # which cannot lock a folder
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}: wait for it, or choose another") from None
+    finally:
+        os.close(handle)
 
 
 # -- command line --------------------------------------------------------------------------------------------
@@ -1082,6 +1170,12 @@ def prepare(args):
     write_dataset(name, documents, sources, kind, args.val_fraction)
 
 
+def interrupt(_number, _frame):
+    """The first Ctrl-C ends the program; cleaning up takes a moment, which no other may interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -1099,11 +1193,14 @@ def main():
     add("--encoding", default="utf-8", help="of the text (%(default)s)")
     add("--errors", choices=["strict", "replace"], default="strict", help="where text is of another encoding")
     speak_utf8()
+    signal.signal(signal.SIGINT, interrupt)
     # Every mistake travels to here, and ends in one line and an exit status of 1.
     try:
         prepare(parser.parse_args())
     except UserError as error:
         sys.exit(f"prepare.py: {error}")
+    except MemoryError:
+        sys.exit("prepare.py: out of memory; nothing half-done is left")
     except OSError as error:
         sys.exit(f"prepare.py: {error}; nothing half-done is left; if the disk is full, make room for it")
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ It writes ckpt.pt (the latest), best.pt (the best validation loss), metrics.json
 import signal
 from typing import Literal
 
-from configurator import UserError, configure, read_settings
+from configurator import UserError, configure, override, read_settings
 
 # files
 out_dir = "out"  # ckpt.pt, best.pt, metrics.jsonl and loss.png go here
@@ -84,7 +84,7 @@ import os
 import shlex
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -95,13 +95,36 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import GPT, GPTConfig, ModelError, load_checkpoint, pick_device, pick_dtype, value_or
-from prepare import clean, load_dataset, speak_utf8, tokenizer_of, weights_path, write_file
+from model import (
+    GPT,
+    GPTConfig,
+    ModelError,
+    Muon,
+    check_compiler,
+    load_checkpoint,
+    pick_device,
+    pick_dtype,
+    value_or,
+)
+from prepare import (
+    clean,
+    load_dataset,
+    lock,
+    say,
+    speak_utf8,
+    tokenizer_of,
+    user_error,
+    weights_path,
+    write_file,
+)
 
 # which of the processes this one is, as torchrun says: of all, and of this machine's
-rank = int(os.environ.get("RANK", 0))
-local_rank = int(os.environ.get("LOCAL_RANK", 0))
-world_size = int(os.environ.get("WORLD_SIZE", 1))
+try:
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+except ValueError as error:
+    sys.exit(f"train.py: RANK, LOCAL_RANK or WORLD_SIZE, which torchrun sets: {error}")
 
 # -- data ----------------------------------------------------------------------------------------------------
 
@@ -144,10 +167,15 @@ def get_batch(data, starts, block_size, device):
 
     Where a window goes on behind the last token, its targets are -1, which no loss counts.
     """
+    if isinstance(data, np.memmap) and data.base.size() < data.nbytes:  # reading on would kill the process
+        raise UserError(f"{data.filename} has become shorter while it is read")
     places = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     windows = np.take(data, places, mode="clip").astype(np.int64)
     windows[places >= len(data)] = -1
-    batch = torch.from_numpy(windows).to(device)
+    batch = torch.from_numpy(windows)
+    if device != "cpu":
+        batch = batch.pin_memory()  # then the copy does not wait for the GPU, which is still at work
+    batch = batch.to(device, non_blocking=True)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
 
 
@@ -189,6 +217,8 @@ def evaluate(model, data, device, autocast):
     """Mean loss over eval_iters batches of a split, shared out over the processes; all get the same."""
     model.eval()  # no dropout
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
+    # whole batches, for another shape would be compiled anew: windows behind the end, where no target counts
+    starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
     loss_sum, count = 0.0, 0
     for i in range(rank * batch_size, len(starts), world_size * batch_size):
         x, y = get_batch(data, starts[i : i + batch_size], block_size, device)
@@ -215,17 +245,13 @@ def sample_text(model, tokenizer, prompt, device):
 def warn(message):
     """Say on standard error what does not end the run, from process 0 alone."""
     if rank == 0:
-        tqdm.write(f"train.py: {message}", file=sys.stderr)
+        say(f"train.py: {message}", sys.stderr)
 
 
 def print0(line):
     """Print a line on standard output, above the progress bar, from process 0 alone."""
-    try:
-        if rank == 0:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads our output any more; the run goes on
-        sys.stdout = open(os.devnull, "w")
+    if rank == 0:
+        say(line, sys.stdout)
 
 
 # -- files ---------------------------------------------------------------------------------------------------
@@ -251,51 +277,67 @@ class Metrics:
     """The lines of a run's metrics.jsonl, a JSON object each, and TensorBoard's events if asked for."""
 
     def __init__(self, run, step):
-        """Keep the lines before the step at which the run begins: a resumed run takes later steps again."""
+        """Keep the lines before the step at which the run begins: a resumed run takes later steps again.
+
+        Raises UserError where another process is at work in the folder.
+        """
         self.path, self.lines, self.board = run / "metrics.jsonl", [], None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run, purge_step=step)
         run.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        kept = b""
-        for text in self.path.read_bytes().splitlines(keepends=True):
-            with suppress(KeyError, TypeError, ValueError):  # a line that a kill cut short, or another's
+        self.alone = ExitStack()
+        self.alone.enter_context(lock(run))  # until the process ends
+        if tensorboard:
+            self.board = SummaryWriter(run, purge_step=step)
+        old = self.path.read_bytes() if self.path.is_file() else b""
+        for text in old.splitlines():
+            # a line that a kill cut short, or another's
+            with suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):
                 line = json.loads(text)
                 # an evaluation of that very step stays too, where it is not one that is made again
                 stays = "val_loss" in line and step % eval_interval > 0
-                if line["step"] < step + stays:
+                numbers = all(isinstance(value, int | float | None) for value in line.values())
+                if numbers and 0 <= line["step"] < step + stays:
                     self.lines.append(line)
-                    kept += text
-        write_or_warn(self.path, kept)
+
+    def write_all(self):
+        """Raises OSError."""
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self.complete = True  # the file holds these lines and no others
 
     def log(self, **line):
         self.lines.append(line)
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            if self.complete and self.path.exists():
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            else:  # half a line may stand at its end
+                self.write_all()
         except OSError as error:
-            warn(f"a line of metrics.jsonl is lost: {error.strerror}")
+            self.complete = False
+            warn(f"metrics.jsonl is not written, what it lacks will follow: {error.strerror}")
         for name, value in line.items():
             if self.board and value is not None:
                 self.board.add_scalar(name, value, line["step"])
 
     def plot(self):
-        """A PNG of the losses against steps, the best validation loss marked."""
-        from matplotlib.figure import Figure
+        """Draw loss.png, the losses against steps, with the best validation loss marked."""
+        try:
+            from matplotlib.figure import Figure
 
-        figure = Figure(layout="constrained")
-        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
-        for key in ("loss", "train_loss", "val_loss"):  # of training batches, and of the two splits
-            losses = {line["step"]: line[key] for line in self.lines if key in line}
-            axes.plot(losses.keys(), losses.values(), label=key)
-        best = min(losses, key=losses.get)  # of val_loss, the last of the three
-        axes.plot(best, losses[best], "k*", label="best")
-        axes.legend()
-        picture = io.BytesIO()
-        figure.savefig(picture)  # a PNG
-        return picture.getvalue()
+            figure = Figure(layout="constrained")
+            axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+            for key in ("loss", "train_loss", "val_loss"):  # of training batches, and of the two splits
+                losses = {line["step"]: line[key] for line in self.lines if key in line}
+                axes.plot(losses.keys(), losses.values(), label=key)
+            best = min(losses, key=losses.get)  # of val_loss, the last of the three
+            axes.plot(best, losses[best], "k*", label="best")
+            axes.legend()
+            picture = io.BytesIO()
+            figure.savefig(picture)  # a PNG
+            write_file(self.path.with_name("loss.png"), picture.getvalue())
+        except Exception as error:  # no matplotlib, no space, no font: a picture ends no run
+            warn(f"loss.png is not drawn: {error}")
 
 
 # -- settings and signals ------------------------------------------------------------------------------------
@@ -339,6 +381,8 @@ FOLLOWS = {
     "resid_dropout": "dropout",
     "min_lr": "learning_rate",
 }
+# what the optimizers keep of each parameter
+STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 # what the best validation loss belongs to, besides the data
 MEASURED_BY = ("eval_iters", "batch_size", "dtype")
 
@@ -353,6 +397,8 @@ def check_settings(given):
         raise UserError(f"max_iters or {max_epochs=}? The former needs --max_epochs=None")
     if stride is not None and data_order != "epoch":
         raise UserError("stride has a meaning with --data_order=epoch alone")
+    if not 0 <= rank < world_size:
+        raise UserError(f"{rank=} of {world_size=} processes: start them by torchrun, which sets both")
     if gradient_accumulation_steps % world_size != 0:
         raise UserError(f"{gradient_accumulation_steps=} must be a multiple of the {world_size} processes")
 
@@ -372,13 +418,14 @@ def load_start(run, given):
         return None, None, False
     weights = str(path) if resume else weights_path(init_from)
     checkpoint = load_checkpoint(weights)
-    saved = asdict(GPTConfig()) | checkpoint["model_args"]
+    saved = checkpoint["model_args"]
+    known = read_settings(globals())
     taken, fixed = ARCHITECTURE, ARCHITECTURE
     if resume:
         if not {"optimizer", "scaler", "step", "tokens", "seconds", "config", "meta"} <= checkpoint.keys():
             raise UserError(f"{path} is no run to resume; take its weights by --init_from={path}")
         saved = checkpoint["config"] | saved
-        taken = read_settings(globals()).keys() - {"out_dir", "init_from"}
+        taken = known.keys() - {"out_dir", "init_from"}
         fixed = ARCHITECTURE | {"optimizer"}  # which has a state
     for name in sorted(given.keys() & saved.keys() & fixed):
         shorter_context = name == "block_size" and not resume and given[name] < saved[name]
@@ -386,8 +433,8 @@ def load_start(run, given):
             raise UserError(f"{name}={given[name]!r}, but the checkpoint has {name}={saved[name]!r}")
     for name in saved.keys() & taken - given.keys():
         followed = FOLLOWS.get(name)
-        if followed not in given or given[followed] == saved[followed]:
-            globals()[name] = saved[name]
+        if followed not in given or given[followed] == saved.get(followed):
+            globals().update(override(name, saved[name], known))
     return checkpoint, weights, resume
 
 
@@ -397,8 +444,9 @@ def loss_to_beat(run, meta):
     if not path.exists():
         return math.inf
     best = load_checkpoint(str(path))
-    if best["meta"] == meta and all(best["config"][name] == globals()[name] for name in MEASURED_BY):
-        return best["best_val_loss"]
+    config = best.get("config", {})
+    if best.get("meta") == meta and all(config.get(name) == globals()[name] for name in MEASURED_BY):
+        return best.get("best_val_loss", math.inf)
     warn(f"{path} was measured on other data or in another way: the next evaluation replaces it")
     return math.inf
 
@@ -407,7 +455,7 @@ stop_requested = 0.0  # when the first signal came, by time.monotonic(); 0 while
 
 
 def on_signal(number, _frame):
-    """The first SIGTERM or Ctrl-C lets the run save and end. Another, a second later, ends it at once."""
+    """The first signal lets the run save and end. Another, a second later, ends it at once."""
     global stop_requested
     if not stop_requested:
         stop_requested = time.monotonic()
@@ -420,7 +468,9 @@ def on_signal(number, _frame):
 
 def resume_command():
     """What to type to go on with this run; on several machines, with torchrun's other flags as before."""
-    launch = "python" if world_size == 1 else f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    launch = "python"
+    if world_size > 1:
+        launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
     return f"{launch} {shlex.join(['train.py', *sys.argv[1:], '--init_from=resume'])}"
 
 
@@ -438,8 +488,8 @@ def join_processes(device_type):
         chosen = backend
     try:
         dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
-    except ValueError as error:  # one of torchrun's variables is set, and another is not
-        raise UserError(f"{error}; several processes are started by torchrun") from None
+    except (OverflowError, RuntimeError, ValueError) as error:  # torchrun's variables are not all set, or odd
+        raise UserError(f"{error!s:.200}; several processes are started by torchrun") from None
     return own_device
 
 
@@ -464,16 +514,50 @@ def lost_a_process():
 # -- the run -------------------------------------------------------------------------------------------------
 
 
-def build_model(checkpoint, config, meta):
+def build_model(checkpoint, config, vocab_size):
     """The model of a checkpoint, or a new one of the settings for the dataset's vocabulary."""
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in asdict(GPTConfig()) if name in config}
     if checkpoint:
         return GPT.from_checkpoint(checkpoint, **model_args)
-    vocab_size = meta["vocab_size"]
     if vocab_size >= 1024:
         vocab_size = math.ceil(vocab_size / 64) * 64  # multiplies faster on a GPU
     return GPT(GPTConfig(vocab_size=vocab_size, **model_args))
+
+
+def optimizer_states(model, optimizers):
+    """What the optimizers know, as PyTorch has it, but that params gives the place of each name."""
+    names = {p: name for name, p in model.named_parameters()}
+    states = [opt.state_dict() for opt in optimizers]
+    for opt, state in zip(optimizers, states, strict=True):
+        for group, saved in zip(opt.param_groups, state["param_groups"], strict=True):
+            saved["params"] = {names[p]: i for p, i in zip(group["params"], saved["params"], strict=True)}
+    return states
+
+
+def restore(model, optimizers, scaler, checkpoint):
+    """Take over the state of a run's optimizers, by the names of the parameters.
+
+    By name, for their places change when two lines of the model do. Fused optimizers trust the sizes, so each
+    tensor must have its parameter's, and gets memory of its own. Raises UserError.
+    """
+    with user_error("the optimizer's state in the checkpoint is damaged"):
+        fresh = optimizer_states(model, optimizers)
+        parameters = dict(model.named_parameters())
+        for opt, now, saved in zip(optimizers, fresh, checkpoint["optimizer"], strict=True):
+            places = {}
+            for group in saved["param_groups"]:
+                places |= group["params"]
+            for name in (name for group in now["param_groups"] for name in group["params"]):
+                state, p = saved["state"].get(places[name], {}), parameters[name]
+                for key in STATE.get(type(opt), state) if state else ():  # nothing before the first step
+                    shape = () if key in ("step", "mu_product") else p.shape
+                    if state[key].shape != shape:
+                        raise ValueError(f"{key} of {name} has another shape")
+                    opt.state[p][key] = torch.empty(shape, device=p.device).copy_(state[key])
+        if checkpoint["scaler"]:
+            fresh = scaler.state_dict()  # empty, where it is not in use
+            scaler.load_state_dict({key: type(fresh[key])(checkpoint["scaler"][key]) for key in fresh})
 
 
 def main(given):
@@ -513,7 +597,7 @@ def main(given):
     scaler = torch.amp.GradScaler(device_type, enabled=use_dtype == "float16")
 
     # -- the model and its optimizers
-    model = build_model(checkpoint, config, meta).to(use_device).train()
+    model = build_model(checkpoint, config, tokenizer.vocab_size).to(use_device).train()
     optimizers = model.configure_optimizers(
         weight_decay,
         learning_rate,
@@ -531,10 +615,7 @@ def main(given):
                 warn(f"from here on {name}={given[name]!r}, not {before[name]!r}")
         if checkpoint["meta"] != meta:
             warn(f"data/{dataset} is not what the run has read so far: it goes on with other data")
-        for opt, state in zip(optimizers, checkpoint["optimizer"], strict=True):
-            # what is given now wins over what was saved
-            opt.load_state_dict(state | {"param_groups": opt.state_dict()["param_groups"]})
-        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())
+        restore(model, optimizers, scaler, checkpoint)
     groups = [group for opt in optimizers for group in opt.param_groups]
     peaks = [group["lr"] for group in groups]  # of the learning rates, before the schedule moves them
     del checkpoint  # give its memory back
@@ -542,7 +623,13 @@ def main(given):
         raise UserError("not every machine finds the same checkpoint: all must share the folder out_dir")
     compiled = model
     if compile is True or (compile == "auto" and device_type == "cuda"):
-        compiled = torch.compile(model)
+        try:
+            check_compiler(use_device)
+            compiled = torch.compile(model)
+        except ModelError as error:
+            if compile is True:
+                raise
+            warn(f"training uncompiled: {error}")
     parallel = DistributedDataParallel(compiled) if world_size > 1 else compiled
 
     # -- batches and schedule
@@ -559,7 +646,15 @@ def main(given):
     prompt = []
     if rank == 0 and sample_prompt != "":
         prompt = tokenizer.encode(clean(sample_prompt or "")) or val_data[:8].tolist()
-    metrics = Metrics(run, step) if rank == 0 and not eval_only else None
+    metrics = None
+    if rank == 0 and not eval_only:
+        metrics = Metrics(run, step)
+        if resume and load_checkpoint(run / "ckpt.pt")["step"] != step:
+            raise UserError(f"another process has gone on with {run} meanwhile: start again")
+        metrics.write_all()  # a run that can write nothing ends here
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows has not
+    if signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
+        signal.signal(hangup, on_signal)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     print0(
@@ -568,6 +663,13 @@ def main(given):
     )
     if warmup_iters >= last_step > 0:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
+    if compiled is not model:  # now, so that the time of no step contains it
+        x, y = get_batch(train_data, np.zeros(batch_size, int), block_size, use_device)
+        with autocast:
+            parallel(x, y)[1].backward()
+        model.zero_grad(set_to_none=True)
+    gc.freeze()  # what is there stays; and no collection stops a step
+    gc.disable()
     bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
 
     # -- the loop: evaluate, save, step, log
@@ -581,6 +683,7 @@ def main(given):
         improved = False
         evaluates = step % eval_interval == 0 or step >= last_step or eval_only
         if evaluates and not stopping:
+            gc.collect()
             train_loss = evaluate(compiled, train_data, use_device, autocast)
             val_loss = evaluate(compiled, val_data, use_device, autocast)
             losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
@@ -598,7 +701,7 @@ def main(given):
                 metrics.log(
                     step=step, train_loss=train_loss, val_loss=val_loss, tokens=tokens, seconds=seconds
                 )
-                write_or_warn(run / "loss.png", metrics.plot())
+                metrics.plot()
             if prompt:
                 print0(sample_text(model, tokenizer, prompt, use_device))
 
@@ -620,7 +723,7 @@ def main(given):
                 }
                 if improved:  # best.pt needs no optimizer
                     write_or_warn(run / "best.pt", serialize(state))
-                state["optimizer"] = [opt.state_dict() for opt in optimizers]
+                state["optimizer"] = optimizer_states(model, optimizers)
                 state["scaler"] = scaler.state_dict()
                 saved = write_or_warn(run / "ckpt.pt", serialize(state))
         if step >= last_step or stopping or eval_only:
@@ -709,7 +812,7 @@ def end(message):
     # the first process of a machine speaks first; torchrun ends the others before they say the same
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2 * local_rank)
-    print(f"train.py: {message}", file=sys.stderr)
+    say(f"train.py: {message}", sys.stderr)
     if world_size > 1:
         os._exit(1)  # an orderly end would wait for a process that is lost
     sys.exit(1)
