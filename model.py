@@ -11,7 +11,7 @@ S the tokens that a key/value cache has room for.
 import json
 import math
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -473,6 +473,8 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
 
         config = asdict(self.config)
+        with torch.device("meta"):
+            complete = GPT(replace(self.config, bias=True, qkv_bias=None))  # biases of 0 change nothing
         for name, values in OURS_SUPPORTED.items():
             if config[name] not in values:
                 raise ModelError(f"Hugging Face's GPT-2 cannot express {name}={config[name]}")
@@ -483,6 +485,8 @@ class GPT(nn.Module):
         settings["architectures"] = ["GPT2LMHeadModel"]  # the class that from_pretrained takes
         settings["bos_token_id"] = settings["eos_token_id"] = 50256 if config["vocab_size"] > 50256 else None
         weights = {name: transposed(name, tensor) for name, tensor in self.state_dict().items()}
+        for name, tensor in complete.state_dict().items():
+            weights.setdefault(name, torch.zeros(tensor.shape))
         if self.config.tie_weights:
             del weights["lm_head.weight"]
         folder = Path(folder)
@@ -688,8 +692,6 @@ HF_SUPPORTED = {
 }
 # the values of our fields that its GPT-2 can have
 OURS_SUPPORTED = {
-    "bias": [True],
-    "qkv_bias": [None, True],
     "position": ["learned"],
     "qk_norm": [False],
     "activation": {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu"},  # and its name for each
@@ -703,14 +705,31 @@ def transposed(name, tensor):
     return tensor
 
 
+def weight_files(folder):
+    """The files of a Hugging Face folder that hold its weights: one, or several that an index lists."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {folder / Path(file).name for file in json.loads(index.read_text())["weight_map"].values()}
+    if (folder / "pytorch_model.bin").exists() and not (folder / "model.safetensors").exists():
+        return [folder / "pytorch_model.bin"]
+    return [folder / "model.safetensors"]
+
+
 def load_hugging_face(folder):
     """A folder with config.json and model.safetensors of a GPT-2, as load_checkpoint returns it."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         settings = HF_DEFAULTS | json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
+        tensors = {}
+        for path in weight_files(folder):
+            with open(path, "rb") as file:
+                if file.read(30).startswith(b"version https://git-lfs"):
+                    raise ModelError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
+            if path.suffix == ".bin":
+                tensors |= torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                tensors |= load_file(path)
         supported = HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}
         for name, values in supported.items():
             if settings.get(name, values[0]) not in values:
@@ -718,9 +737,10 @@ def load_hugging_face(folder):
         args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
     except KeyError as error:
         raise ModelError(f"{folder}/config.json lacks {error}") from None
-    except (OSError, RecursionError, SafetensorError, TypeError, ValueError) as error:
+    except Exception as error:  # safetensors and pickle have types of their own
+        reason = " ".join(str(error).split())
         raise ModelError(
-            f"{folder} is no GPT-2 of Hugging Face's ({error}); of a run's folder, give {folder}/best.pt"
+            f"{folder} is no GPT-2 of Hugging Face's ({reason}); of a run's folder, give {folder}/best.pt"
         ) from None
     args["activation"] = HF_ACTIVATIONS[args["activation"]]
     weights = {}

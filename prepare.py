@@ -186,15 +186,15 @@ def fetch(url, part):
     mirrored = f"{mirror}/{host_and_path(url)}"
     if os.path.isfile(mirrored):
         return shutil.copyfile(mirrored, part)
-    addresses = [url] * 3  # so many tries, because connections break
-    if "://" in mirror:
-        addresses = [mirrored] * 3 + addresses
-    for seconds, address in enumerate(addresses):
-        time.sleep(seconds)  # not at all before the first try
-        try:
-            return fetch_once(address, part)
-        except requests.RequestException as error:
-            reason = error
+    for address in (mirrored, url) if "://" in mirror else (url,):
+        for seconds in range(4):  # so many tries, because connections break
+            time.sleep(seconds)  # not at all before the first
+            try:
+                return fetch_once(address, part)
+            except requests.RequestException as error:
+                reason = error
+                if error.response is not None and 400 <= error.response.status_code < 416:
+                    break  # the same question would have the same answer
     raise UserError(
         f"cannot download {url} ({reason}); put it as <host>/<path> into the folder that "
         "PLAINGPT_MIRROR names, or take the embedded corpus: python prepare.py pydocs"
@@ -272,6 +272,10 @@ class Tokenizer:
     # than one document. None where the vocabulary is fixed.
     entries = None
 
+    def byte_lengths(self):
+        """Bytes of UTF-8 behind each ID, (vocab_size,), 0 of special ones; None where the text is not kept."""
+        return None
+
     def encode(self, text):
         return self.encode_array(text).tolist()
 
@@ -319,6 +323,9 @@ class CharTokenizer(Tokenizer):
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
+
+    def byte_lengths(self):
+        return np.array([0 if char == END_OF_TEXT else len(char.encode()) for char in self.chars])
 
 
 class WordTokenizer(Tokenizer):
@@ -392,6 +399,9 @@ class GPT2Tokenizer(Tokenizer):
     def decode(self, ids):
         return self.bpe.decode(ids)
 
+    def byte_lengths(self):
+        return np.array([*map(len, map(self.bpe.decode_single_token_bytes, range(self.end_of_text))), 0])
+
 
 class BPETokenizer(Tokenizer):
     """Any tokenizer.json of Hugging Face's, byte-level BPE above all, by their tokenizers package."""
@@ -411,14 +421,75 @@ class BPETokenizer(Tokenizer):
             # meta holds what was given, or loading it would make another tokenizer.
             self.meta["end_of_text"] = self.end_of_text = end_of_text
 
+    @classmethod
+    def trained(cls, texts, vocab_size):
+        """A vocabulary of texts: the 256 bytes, <|endoftext|>, and merges within GPT-2's words.
+
+        The same texts give the same vocabulary. Memory grows with the number of different words alone.
+        """
+        from tokenizers import Tokenizer as AnyTokenizer
+        from tokenizers import models, trainers
+
+        bpe = as_byte_level(AnyTokenizer(models.BPE()))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=bpe.pre_tokenizer.alphabet(),
+            show_progress=sys.stderr.isatty(),
+        )
+        # It takes 256 parts at a time, so large ones are cut where a word ends.
+        cuts = re.compile(r"(?s).{,100000}\S(?=[ \n])|.+")
+        bpe.train_from_iterator((part for text in texts for part in cuts.findall(text)), trainer)
+        return cls(json.loads(bpe.to_str()))
+
     def encode(self, text):
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        # Of the package's ways the quickest, for it keeps no places in the text.
+        return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids):
         return self.bpe.decode(ids, skip_special_tokens=False)
 
+    def byte_lengths(self):
+        if "ByteLevel" not in str(self.bpe.decoder):
+            return None
+        lengths = np.zeros(self.vocab_size, int)
+        for token, i in self.bpe.get_vocab(with_added_tokens=False).items():
+            lengths[i] = len(token)  # a character stands for each byte
+        lengths[list(self.bpe.get_added_tokens_decoder())] = 0
+        return lengths
 
-# What meta.json calls "type"; the first three are choices of --tokenizer as well.
+
+def as_byte_level(bpe):
+    """A BPE of the tokenizers package that cuts text into GPT-2's words, and these into bytes."""
+    from tokenizers import decoders, pre_tokenizers
+
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def as_hugging_face(tokenizer):
+    """The same tokenizer as one of Hugging Face's tokenizers package. Raises UserError for words."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as AnyTokenizer
+
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.bpe
+    if isinstance(tokenizer, GPT2Tokenizer):
+        model = models.BPE.from_file(str(cached(*ENCODER_JSON)), str(cached(*VOCAB_BPE)))
+        theirs = as_byte_level(AnyTokenizer(model))
+    elif isinstance(tokenizer, CharTokenizer):
+        theirs = AnyTokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}, "none"))
+        theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        theirs.decoder = decoders.Fuse()
+    else:
+        raise UserError("Hugging Face has no tokenizer that is equal to ours of words")
+    if tokenizer.end_of_text is not None:
+        theirs.add_special_tokens([END_OF_TEXT])
+    return theirs
+
+
+# What meta.json calls "type", and the choices of --tokenizer.
 TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer, "bpe": BPETokenizer}
 
 # What meta.json says of GPT-2's IDs. A dataset without meta.json, of nanoGPT or others, is taken to have
@@ -908,17 +979,35 @@ def new_folder(name, tokenizer, sources):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def write_bins(name, ids, tokenizer, sources):
+def bytes_per_token(meta, tokenizer, ids):
+    """Bytes of UTF-8 behind a validation token, by which losses of tokenizers compare; None if unknown.
+
+    meta: says it for what prepare.py has tokenized; else the ids themselves do
+    """
+    counted = meta.get("val_bytes")
+    if not isinstance(counted, int):
+        lengths = tokenizer.byte_lengths()
+        if lengths is None:
+            return None
+        counted = sum(lengths[part].sum() for part in np.array_split(ids, len(ids) // PIECE + 1))
+    return counted / len(ids)
+
+
+def write_bins(name, ids, tokenizer, sources, lengths=None):
     """Write data/<name>/, say how it is split, and return how many token IDs it holds. Raises UserError.
 
     ids: ("train" or "val", array of uint16 token IDs), in order
     tokenizer, sources: as in new_folder
+    lengths: bytes of each token ID, if meta.json is to count them
     """
     with new_folder(name, tokenizer, sources) as (folder, meta):
         with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
             files = {"train": train, "val": val}
             for split, part in ids:
                 files[split].write(part)
+                if lengths is not None:
+                    key = f"{split}_bytes"
+                    meta[key] = meta.get(key, 0) + int(lengths[part].sum())
             train_tokens = train.tell() // 2  # two bytes each
             val_tokens = val.tell() // 2
         # train.py draws windows of both.
@@ -935,14 +1024,15 @@ def write_bins(name, ids, tokenizer, sources):
     return tokens
 
 
-def write_dataset(name, documents, sources, kind, val_fraction=0.1):
+def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4096):
     """Tokenize documents, read twice, into data/<name>/, whole or absent at any time. Raises UserError.
 
     sources: as in new_folder
     kind: a name in TOKENIZERS, or what tokenizer_of takes
+    vocab_size: of bpe, which reads the training text once more to learn so many entries
     """
     entries_of = TOKENIZERS.get(kind, Tokenizer).entries
-    if not entries_of:
+    if kind != "bpe" and not entries_of:
         if kind in TOKENIZERS:
             tokenizer = load_tokenizer({"tokenizer": {"type": kind}})
         else:
@@ -964,13 +1054,18 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1):
         raise UserError(f"there is no text to make data/{name} of")
     if entries_of:
         tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
+    if kind == "bpe":
+        texts = split_documents(documents, count, characters, val_fraction, ends=False)
+        tokenizer = BPETokenizer.trained((text for split, text in texts if split == "train"), vocab_size)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
     # Second reading, in which a text knows its side. All of these are generators: nothing is read before
     # write_bins asks for it.
     texts = split_documents(documents, count, characters, val_fraction, tokenizer.end_of_text is not None)
     progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
-    tokens = write_bins(name, encode_batches(progress, tokenizer), tokenizer, sources)
+    tokens = write_bins(
+        name, encode_batches(progress, tokenizer), tokenizer, sources, tokenizer.byte_lengths()
+    )
     say(f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token", sys.stdout)
 
 
@@ -1135,6 +1230,8 @@ def prepare(args):
     """Do what the command line asks for, and say what was done. Raises UserError."""
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
+    if not 257 <= args.vocab_size <= MAX_VOCAB:  # the bytes and <|endoftext|> at least
+        raise UserError(f"--vocab_size must lie between 257 and {MAX_VOCAB}, not {args.vocab_size}")
     what = args.what[0]
     if len(args.what) > 1 and set(args.what) & set(NAMES):
         raise UserError("one corpus at a time, and no files beside it")
@@ -1167,7 +1264,7 @@ def prepare(args):
         files = find_text_files(args.what, args.encoding)
         documents = TextFiles(files, args.errors, args.text_key, args.encoding)
         sources = [{"path": str(path), "sha256": file_sha256(path)} for path in files]
-    write_dataset(name, documents, sources, kind, args.val_fraction)
+    write_dataset(name, documents, sources, kind, args.val_fraction, args.vocab_size)
 
 
 def interrupt(_number, _frame):
@@ -1184,8 +1281,9 @@ def main():
     add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files")
     add(
         "--tokenizer",
-        help="char, word, gpt2, or whose to take: a folder or a checkpoint; default: the corpus's",
+        help="char, word, gpt2, bpe, or whose to take: a folder or a checkpoint; default: the corpus's",
     )
+    add("--vocab_size", type=int, default=4096, help="entries of bpe, trained on the text (%(default)s)")
     add("--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)")
     add("--name", help="the folder in data/; default: the corpus's or the first file's name")
     add("--shards", type=int, default=1, help="of fineweb, 100M tokens each (%(default)s)")

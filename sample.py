@@ -19,6 +19,9 @@ temperature = 0.8  # below 1 more of what is likely, above 1 more variety; 0: al
 top_k: int | None = 200  # choose among so many likeliest tokens; None: all
 top_p: float | None = None  # choose among the likeliest that have this probability together; None: all
 stop: str | None = None  # end a sample where it has generated this text; end-of-text always ends it
+export: str | None = (
+    None  # a new folder for Hugging Face's transformers, instead of a text: model and tokenizer
+)
 show_probs = False  # instead of a text: a table of the likeliest next tokens at several temperatures
 seed = 1337  # the same seed, the same text
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
@@ -29,6 +32,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     configure(globals())  # before the slow imports: --help and a mistyped key answer at once
 
+import json
 import math
 import mmap
 import os
@@ -48,7 +52,18 @@ from model import (
     pick_device,
     pick_dtype,
 )
-from prepare import TextFiles, Tokenizer, clean, give_up, speak_utf8, tokenizer_of, visible, weights_path
+from prepare import (
+    TextFiles,
+    Tokenizer,
+    as_hugging_face,
+    clean,
+    give_up,
+    read_json,
+    speak_utf8,
+    tokenizer_of,
+    visible,
+    weights_path,
+)
 
 # -- what is read --------------------------------------------------------------------------------------------
 
@@ -278,6 +293,34 @@ def check_stop(tokenizer):
         raise UserError(f"--stop={stop!r} never comes: this vocabulary cannot write {min(lost)!r}")
 
 
+def export_folder(checkpoint, tokenizer):
+    """Write a Hugging Face folder that works as it stands. Raises ModelError or UserError where it cannot."""
+    folder = Path(export)
+    if folder.exists():
+        raise UserError(f"{folder} is there already; --export wants a new folder")
+    theirs = as_hugging_face(tokenizer)
+    weights = dict(checkpoint["model"])
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][: tokenizer.vocab_size]  # IDs that only pad the model would be sampled
+    args = checkpoint["model_args"] | {"vocab_size": tokenizer.vocab_size}
+    GPT.from_checkpoint({"model": weights, "model_args": args}).save_pretrained(folder)
+    theirs.save(str(folder / "tokenizer.json"))
+    ids, words = {}, {}
+    if tokenizer.end_of_text is not None:
+        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.end_of_text)
+        words = dict.fromkeys(
+            ("bos_token", "eos_token", "pad_token"), theirs.id_to_token(tokenizer.end_of_text)
+        )
+    words |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args["block_size"]}
+    for name, settings in (
+        ("config.json", read_json(folder / "config.json") | ids),
+        ("generation_config.json", ids),
+        ("tokenizer_config.json", words | {"clean_up_tokenization_spaces": False}),
+    ):
+        (folder / name).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    print(f"{folder} is ready for transformers", file=sys.stderr)
+
+
 def main():
     speak_utf8()
     check_settings()
@@ -287,6 +330,8 @@ def main():
     tokenizer = tokenizer_of(path, checkpoint)
     if tokenizer.vocab_size > checkpoint["model_args"]["vocab_size"]:
         raise UserError(f"{path}: its tokenizer has more IDs than the model, so they do not belong together")
+    if export:
+        return export_folder(checkpoint, tokenizer)
     check_stop(tokenizer)
     model = GPT.from_checkpoint(checkpoint)
     model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))

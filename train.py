@@ -107,6 +107,7 @@ from model import (
     value_or,
 )
 from prepare import (
+    bytes_per_token,
     clean,
     load_dataset,
     lock,
@@ -331,7 +332,11 @@ class Metrics:
                 losses = {line["step"]: line[key] for line in self.lines if key in line}
                 axes.plot(losses.keys(), losses.values(), label=key)
             best = min(losses, key=losses.get)  # of val_loss, the last of the three
-            axes.plot(best, losses[best], "k*", label="best")
+            label = f"best: {losses[best]:.4f}"
+            for line in self.lines:
+                if line["step"] == best and line.get("val_bpb"):
+                    label = f"best: {losses[best]:.4f}, {line['val_bpb']:.4f} bits per byte"
+            axes.plot(best, losses[best], "k*", label=label)
             axes.legend()
             picture = io.BytesIO()
             figure.savefig(picture)  # a PNG
@@ -643,6 +648,10 @@ def main(given):
     lowest_lr = value_or(min_lr, 0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10)
 
     # -- what comes out
+    token_bytes = None
+    if rank == 0:
+        with suppress(UserError):  # GPT-2's vocabulary, which is not there
+            token_bytes = bytes_per_token(meta, tokenizer, val_data)
     prompt = []
     if rank == 0 and sample_prompt != "":
         prompt = tokenizer.encode(clean(sample_prompt or "")) or val_data[:8].tolist()
@@ -687,7 +696,12 @@ def main(given):
             train_loss = evaluate(compiled, train_data, use_device, autocast)
             val_loss = evaluate(compiled, val_data, use_device, autocast)
             losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-            print0(f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}")
+            report = f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}"
+            val_bpb = None  # bits per byte of text compare tokenizers, as nats per token do not
+            if token_bytes:
+                val_bpb = val_loss / math.log(2) / token_bytes
+                report += f", {val_bpb:.4f} bits per byte"
+            print0(report)
             stop_if_not_finite(train_loss + val_loss, f"step {step}: {losses}")
             improved = val_loss < best_val_loss
             if improved:
@@ -699,7 +713,12 @@ def main(given):
                 last_step = step
             if metrics:
                 metrics.log(
-                    step=step, train_loss=train_loss, val_loss=val_loss, tokens=tokens, seconds=seconds
+                    step=step,
+                    train_loss=train_loss,
+                    val_loss=val_loss,
+                    val_bpb=val_bpb,
+                    tokens=tokens,
+                    seconds=seconds,
                 )
                 metrics.plot()
             if prompt:

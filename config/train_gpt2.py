@@ -1,4 +1,4 @@
-# GPT-2 124M on 10 billion tokens of FineWeb (prepare.py fineweb --shards=103), half a million a step, on 8 GPUs:
+# GPT-2 124M on 10 billion tokens of FineWeb (prepare.py fineweb --shards=103), 0.5M a step, for 8 GPUs:
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 # The run is the same on 1, 2, 4, 8, 16 or 32 GPUs. On eight with room for it, --batch_size=64
 # --gradient_accumulation_steps=8 makes the same step of fewer micro-batches.

@@ -10,10 +10,12 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, metrics, needs_mirror, refused, run, run_on_a_full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model as model_file
 import prepare
 import train
 from model import GPT, GPTConfig, Muon
@@ -160,6 +162,71 @@ def test_muon_takes_the_matrices_of_the_blocks():
                 assert 0.5 < torch.linalg.svdvals(part).median() / scale < 1.3, name
         else:
             assert not change.any()
+
+
+def muon_steps(rank, processes, folder):
+    """Three steps of Muon on the same gradients; saves the weights and how many matrices this process did."""
+    if processes > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meet{processes}", rank=rank, world_size=processes)
+    done = []
+    whole = model_file.newton_schulz
+    model_file.newton_schulz = lambda x: done.append(len(x)) or whole(x)
+    draws = torch.Generator().manual_seed(1)
+    shapes = [(32, 32), (96, 32), (128, 32), (32, 128), (32, 32), (96, 32), (64, 32)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=draws)) for shape in shapes]
+    muon = model_file.Muon(parameters, 0.02)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=draws)
+        muon.step()
+    state = [muon.state[p]["momentum_buffer"] for p in parameters]
+    torch.save(([p.detach() for p in parameters], state, len(done)), f"{folder}/{processes}-{rank}.pt")
+    model_file.newton_schulz = whole
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_muon_is_shared_out(tmp_path, processes):
+    muon_steps(0, 1, tmp_path)
+    torch.multiprocessing.spawn(muon_steps, (processes, tmp_path), nprocs=processes)
+    alone, momentum, all_matrices = torch.load(tmp_path / "1-0.pt")
+    shares = []
+    for rank in range(processes):
+        weights, state, matrices = torch.load(tmp_path / f"{processes}-{rank}.pt")
+        shares.append(matrices)
+        torch.testing.assert_close(weights, alone)
+        torch.testing.assert_close(state, momentum)  # any of them can save it
+    assert sum(shares) == all_matrices and max(shares) <= math.ceil(all_matrices / 3 / processes) * 3
+
+
+def test_an_evaluation_has_batches_of_one_shape(monkeypatch):
+    """The last is filled up, so that nothing is compiled anew; the loss stays that of the split."""
+    for name, value in {"block_size": 8, "batch_size": 4, "eval_iters": 0}.items():
+        monkeypatch.setattr(train, name, value)
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
+    data = np.random.default_rng(0).integers(0, 20, 8 * 9 + 4).astype("<u2")  # two batches and a bit
+    shapes = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, x, y):
+            shapes.append(x.shape)
+            return model(x, y)
+
+    loss = train.evaluate(Watched(), data, "cpu", nullcontext())
+    assert shapes == [(4, 8)] * 3
+    losses = []
+    for start in range(0, len(data) - 1, 8):
+        window = torch.from_numpy(data[start : start + 9].astype(np.int64))[None]
+        losses += [model(window[:, :-1], window[:, 1:])[1].item()] * (window.size(1) - 1)
+    assert len(losses) == len(data) - 1 and loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_without_a_compiler_one_line_says_so(workdir, tmp_path):
+    env = {"PATH": str(tmp_path), "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    args = [*TINY, "--compile=True", "--out_dir=out/uncompiled"]
+    assert "torch.compile does not work here" in refused("train.py", *args, cwd=workdir, env=env)
+    assert not (workdir / "out" / "uncompiled").exists()
 
 
 def test_muon_is_pytorchs():

@@ -274,7 +274,7 @@ def test_the_hubs_old_layout(tmp_path):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("bias", False), ("qkv_bias", False), ("position", "rope"), ("qk_norm", True)],
+    [("activation", "relu2"), ("position", "rope"), ("qk_norm", True)],
 )
 def test_what_gpt2_cannot_express_is_not_saved(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):
