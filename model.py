@@ -11,6 +11,7 @@ S the tokens that a key/value cache has room for.
 import json
 import math
 import zipfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -377,9 +378,9 @@ class GPT(nn.Module):
             step = self.next_logits
             if cached > 0 and self.compiled_step:
                 step = self.compiled_step
-            with sdpa_kernel(GENERATION_KERNELS):
-                # a copy, so that the strides of what is compiled never change
-                new_idx = idx[:, cached:].clone(memory_format=torch.contiguous_format)
+            # a copy, so that the strides of what is compiled never change
+            new_idx = idx[:, cached:].clone(memory_format=torch.contiguous_format)
+            with sdpa_kernel(GENERATION_KERNELS) if idx.is_cuda else nullcontext():
                 logits = step(new_idx, cache)  # (B, V)
             cached = idx.size(1)
             probs = next_token_probs(logits[:, :vocab_size], temperature, top_k, top_p)  # (B, V)

@@ -649,8 +649,8 @@ def main(given):
 
     # -- what comes out
     token_bytes = None
-    if rank == 0:
-        with suppress(UserError):  # GPT-2's vocabulary, which is not there
+    if rank == 0 and ("val_bytes" in meta or sample_prompt != ""):  # else no vocabulary need be fetched
+        with suppress(UserError):  # GPT-2's, which is not there
             token_bytes = bytes_per_token(meta, tokenizer, val_data)
     prompt = []
     if rank == 0 and sample_prompt != "":

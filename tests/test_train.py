@@ -116,7 +116,7 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     assert list(val_loss) == [0, 20, 40, 60] and list(metrics(trained, "loss")) == list(range(60))
     assert val_loss[0] == pytest.approx(math.log(103), abs=0.1) and val_loss[60] < 3.6
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0].keys() == {"step", "train_loss", "val_loss", "tokens", "seconds"}
+    assert lines[0].keys() == {"step", "train_loss", "val_loss", "val_bpb", "tokens", "seconds"}
     assert lines[1].keys() == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
     assert lines[1]["tokens"] == 4 * 32 and lines[-1]["tokens"] == 60 * 4 * 32
     ckpt, best = (torch.load(trained / name, weights_only=True) for name in ("ckpt.pt", "best.pt"))

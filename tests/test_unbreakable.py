@@ -580,6 +580,29 @@ def test_two_prepares_of_one_name(tmp_path):
         assert sum(sizes) == 2 * len(text)
 
 
+def test_two_ctrl_c_end_it_at_once_and_leave_nothing(tmp_path):
+    text = "".join(f"{i % 999} words and numbers {i % 77}\n" for i in range(100_000))
+    (tmp_path / "it.txt").write_text(text * 5)
+    for i in range(4):
+        process = subprocess.Popen(
+            [sys.executable, REPO / "prepare.py", "it.txt", "--tokenizer=word"],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        partial = tmp_path / "data" / ".it.new" / "train.bin"
+        while not (partial.exists() and partial.stat().st_size):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        for _ in range(2 + i):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02 * i)
+        _, errors = process.communicate(timeout=30)
+        assert errors == "prepare.py: interrupted; nothing half-done is left, run it again\n"
+        assert process.returncode == 1 and list((tmp_path / "data").iterdir()) == []
+
+
 def test_two_downloads_of_one_file(tmp_path, server):
     code = (
         "import sys; sys.path.insert(0, sys.argv[3]); from prepare import download; download(*sys.argv[1:3])"
