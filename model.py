@@ -54,6 +54,9 @@ GENERATION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 class ModelError(ValueError):
     """A model that cannot be built, loaded or run as asked: one line that says why."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
+
 
 @dataclass
 class GPTConfig:
@@ -454,8 +457,7 @@ class GPT(nn.Module):
                 # dense and in memory of its own: those of a file may overlap, which optimizers do not expect
                 p.data = torch.empty(p.shape).copy_(p)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())  # PyTorch gives a line to each tensor
-            raise ModelError(f"the checkpoint's weights do not fit the model: {reason}") from None
+            raise ModelError(f"the checkpoint's weights do not fit the model: {error}") from None
         if config.tie_weights:
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
                 raise ModelError("tie_weights is True, but the output layer differs from the token embedding")
@@ -474,8 +476,6 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
 
         config = asdict(self.config)
-        with torch.device("meta"):
-            complete = GPT(replace(self.config, bias=True, qkv_bias=None))  # biases of 0 change nothing
         for name, values in OURS_SUPPORTED.items():
             if config[name] not in values:
                 raise ModelError(f"Hugging Face's GPT-2 cannot express {name}={config[name]}")
@@ -486,8 +486,10 @@ class GPT(nn.Module):
         settings["architectures"] = ["GPT2LMHeadModel"]  # the class that from_pretrained takes
         settings["bos_token_id"] = settings["eos_token_id"] = 50256 if config["vocab_size"] > 50256 else None
         weights = {name: transposed(name, tensor) for name, tensor in self.state_dict().items()}
+        with torch.device("meta"):
+            complete = GPT(replace(self.config, bias=True, qkv_bias=None))
         for name, tensor in complete.state_dict().items():
-            weights.setdefault(name, torch.zeros(tensor.shape))
+            weights.setdefault(name, torch.zeros(tensor.shape))  # a bias of 0 is the same as none
         if self.config.tie_weights:
             del weights["lm_head.weight"]
         folder = Path(folder)
@@ -596,8 +598,9 @@ class Muon(torch.optim.Optimizer):
                 step_size = group["lr"] * math.sqrt(max(1, rows / columns))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update.reshape(p.shape), alpha=step_size)
-            for i, p in enumerate(group["params"]) if processes > 1 else ():
-                dist.broadcast(p, i % processes)
+            if processes > 1:
+                for i, p in enumerate(group["params"]):
+                    dist.broadcast(p, i % processes)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -656,7 +659,7 @@ def load_checkpoint(path: str) -> dict:
             raise TypeError("its tensors are larger than the file")
         checkpoint["model_args"] = asdict(GPTConfig(**args | checkpoint["model_args"]))
     except (AttributeError, ModelError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise ModelError(f"{path} is damaged: {error}") from None
     return checkpoint
 
 
@@ -739,9 +742,8 @@ def load_hugging_face(folder):
     except KeyError as error:
         raise ModelError(f"{folder}/config.json lacks {error}") from None
     except Exception as error:  # safetensors and pickle have types of their own
-        reason = " ".join(str(error).split())
         raise ModelError(
-            f"{folder} is no GPT-2 of Hugging Face's ({reason}); of a run's folder, give {folder}/best.pt"
+            f"{folder} is no GPT-2 of Hugging Face's ({error}); of a run's folder, give {folder}/best.pt"
         ) from None
     args["activation"] = HF_ACTIVATIONS[args["activation"]]
     weights = {}

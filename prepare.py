@@ -6,8 +6,6 @@
     python prepare.py fineweb --shards=10          # a billion tokens of web text
     python prepare.py gpt2                         # OpenAI's weights: data/gpt2/ckpt.pt
 
-NAME: pydocs, shakespeare_char, shakespeare, verdict, fineweb, gpt2, gpt2-medium, gpt2-large or gpt2-xl.
-
 A dataset is train.bin and val.bin (little-endian uint16 token IDs, no header) and meta.json. Text is read
 twice, to count and then to tokenize, a piece at a time: memory does not grow with it.
 """
@@ -72,9 +70,10 @@ CORPORA = {
 }
 
 # 103 shards of 100M token IDs to train, numbered from 1, and number 0 to validate. A shard is a header of 256
-# int32 (20240520, the version 1, how many IDs follow, zeros) and the IDs as uint16.
+# int32 (a magic number, the version, how many IDs follow, zeros) and the IDs as uint16.
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06}.bin"
 FINEWEB_HEADER = 1024  # bytes
+FINEWEB_MAGIC = 20240520
 
 # What OpenAI released: the same seven files for each size, in a folder named after its parameters
 # (https://github.com/openai/gpt-2, download_model.py). Not all of them are read.
@@ -140,7 +139,7 @@ def user_error(message):
     except (UserError, MemoryError):  # which say more already, or come from elsewhere
         raise
     except Exception as error:
-        raise UserError(f"{message}: {error}") from None
+        raise UserError(f"{message}: {' '.join(str(error).splitlines())}") from None
 
 
 # -- downloads -----------------------------------------------------------------------------------------------
@@ -391,9 +390,12 @@ class GPT2Tokenizer(Tokenizer):
         bpe = self.bpe  # outside of the try: a failed download is a ValueError as well
         try:
             return bpe.encode_to_numpy(text, allowed_special="all").astype("<u2")
-        except ValueError:
+        except ValueError as error:
             # tiktoken's pattern gives up on some 500,000 white-space characters in a row: cut among them.
-            cut = re.search(r"\s{100000}(?=\s)", text).end()
+            space = re.search(r"\s{100000}(?=\s)", text)
+            if not space:
+                raise UserError(f"tiktoken cannot read the text: {error}") from None
+            cut = space.end()
             return np.concatenate((self.encode_array(text[:cut]), self.encode_array(text[cut:])))
 
     def decode(self, ids):
@@ -908,7 +910,7 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     if not meta:
         if (folder / "meta.pkl").exists():
             raise UserError(f"{folder} is nanoGPT's; prepare its text: python prepare.py FILE --name=NAME")
-        print(f"{folder} has no meta.json: taken for GPT-2 token IDs", file=sys.stderr)
+        say(f"{folder} has no meta.json: taken for GPT-2 token IDs", sys.stderr)
         meta = {"dataset": name, **GPT2_META}
     tokenizer = load_tokenizer(meta)
     if meta.get("vocab_size") != tokenizer.vocab_size:
@@ -1078,7 +1080,7 @@ def prepare_fineweb(name, shards):
         url = FINEWEB_URL.format(split, i)
         path = cached(url)
         tokens = (path.stat().st_size - FINEWEB_HEADER) / 2
-        if np.fromfile(path, "<i4", 3).tolist() != [20240520, 1, tokens]:
+        if np.fromfile(path, "<i4", 3).tolist() != [FINEWEB_MAGIC, 1, tokens]:
             path.unlink()  # the next run downloads it again
             raise UserError(f"{url} came as something else than a shard of token IDs; run it again")
         sources.append({"url": url, "sha256": file_sha256(path)})
@@ -1253,9 +1255,10 @@ def prepare(args):
         codecs.lookup(args.encoding)
     # Text: what its documents are, and where they are from.
     if what == "pydocs":
-        documents = [[pydocs()]]
-        sha256 = hashlib.sha256(pydocs().encode()).hexdigest()
-        sources = [{"path": "pydoc_data.topics", "sha256": sha256}]
+        text = pydocs()
+        documents = [[text]]
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        sources = [{"path": f"pydoc_data.topics of Python {sys.version.split()[0]}", "sha256": sha256}]
     elif file:
         url, sha256 = file
         documents = TextFiles([cached(url, sha256)])
@@ -1275,7 +1278,9 @@ def interrupt(_number, _frame):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=f"NAME: {', '.join(NAMES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files")

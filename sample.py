@@ -19,9 +19,7 @@ temperature = 0.8  # below 1 more of what is likely, above 1 more variety; 0: al
 top_k: int | None = 200  # choose among so many likeliest tokens; None: all
 top_p: float | None = None  # choose among the likeliest that have this probability together; None: all
 stop: str | None = None  # end a sample where it has generated this text; end-of-text always ends it
-export: str | None = (
-    None  # a new folder for Hugging Face's transformers, instead of a text: model and tokenizer
-)
+export: str | None = None  # instead of a text: a new folder with model and tokenizer for transformers
 show_probs = False  # instead of a text: a table of the likeliest next tokens at several temperatures
 seed = 1337  # the same seed, the same text
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is

@@ -174,7 +174,7 @@ def get_batch(data, starts, block_size, device):
     windows = np.take(data, places, mode="clip").astype(np.int64)
     windows[places >= len(data)] = -1
     batch = torch.from_numpy(windows)
-    if device != "cpu":
+    if device.startswith("cuda"):
         batch = batch.pin_memory()  # then the copy does not wait for the GPU, which is still at work
     batch = batch.to(device, non_blocking=True)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
@@ -283,6 +283,7 @@ class Metrics:
         Raises UserError where another process is at work in the folder.
         """
         self.path, self.lines, self.board = run / "metrics.jsonl", [], None
+        self.complete = False  # whether the file holds these lines and no others
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         run.mkdir(parents=True, exist_ok=True)
@@ -304,7 +305,7 @@ class Metrics:
     def write_all(self):
         """Raises OSError."""
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        self.complete = True  # the file holds these lines and no others
+        self.complete = True
 
     def log(self, **line):
         self.lines.append(line)
@@ -331,12 +332,12 @@ class Metrics:
             for key in ("loss", "train_loss", "val_loss"):  # of training batches, and of the two splits
                 losses = {line["step"]: line[key] for line in self.lines if key in line}
                 axes.plot(losses.keys(), losses.values(), label=key)
-            best = min(losses, key=losses.get)  # of val_loss, the last of the three
-            label = f"best: {losses[best]:.4f}"
-            for line in self.lines:
-                if line["step"] == best and line.get("val_bpb"):
-                    label = f"best: {losses[best]:.4f}, {line['val_bpb']:.4f} bits per byte"
-            axes.plot(best, losses[best], "k*", label=label)
+            evaluations = [line for line in self.lines if "val_loss" in line]
+            best = min(evaluations, key=lambda line: line["val_loss"])
+            label = f"best: {best['val_loss']:.4f}"
+            if best.get("val_bpb"):
+                label += f", {best['val_bpb']:.4f} bits per byte"
+            axes.plot(best["step"], best["val_loss"], "k*", label=label)
             axes.legend()
             picture = io.BytesIO()
             figure.savefig(picture)  # a PNG
@@ -547,18 +548,19 @@ def restore(model, optimizers, scaler, checkpoint):
     tensor must have its parameter's, and gets memory of its own. Raises UserError.
     """
     with user_error("the optimizer's state in the checkpoint is damaged"):
-        fresh = optimizer_states(model, optimizers)
-        parameters = dict(model.named_parameters())
-        for opt, now, saved in zip(optimizers, fresh, checkpoint["optimizer"], strict=True):
+        names = {p: name for name, p in model.named_parameters()}
+        for opt, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
             places = {}
             for group in saved["param_groups"]:
                 places |= group["params"]
-            for name in (name for group in now["param_groups"] for name in group["params"]):
-                state, p = saved["state"].get(places[name], {}), parameters[name]
-                for key in STATE.get(type(opt), state) if state else ():  # nothing before the first step
+            for p in (p for group in opt.param_groups for p in group["params"]):
+                state = saved["state"].get(places[names[p]])
+                if not state:  # before the first step there is none
+                    continue
+                for key in STATE.get(type(opt), state):
                     shape = () if key in ("step", "mu_product") else p.shape
                     if state[key].shape != shape:
-                        raise ValueError(f"{key} of {name} has another shape")
+                        raise ValueError(f"{key} of {names[p]} has another shape")
                     opt.state[p][key] = torch.empty(shape, device=p.device).copy_(state[key])
         if checkpoint["scaler"]:
             fresh = scaler.state_dict()  # empty, where it is not in use
@@ -672,7 +674,7 @@ def main(given):
     )
     if warmup_iters >= last_step > 0:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
-    if compiled is not model:  # now, so that the time of no step contains it
+    if compiled is not model and not eval_only:  # now, so that the time of no step contains it
         x, y = get_batch(train_data, np.zeros(batch_size, int), block_size, use_device)
         with autocast:
             parallel(x, y)[1].backward()
