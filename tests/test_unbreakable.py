@@ -429,12 +429,26 @@ def test_nothing_is_written_through_a_link(workdir, tmp_path):
     assert not any(path.is_symlink() for path in out.iterdir())
 
 
+begun = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """A test that fails must not leave a run behind, which would take a core for hours."""
+    yield
+    while begun:
+        process = begun.pop()
+        process.kill()
+        process.communicate()
+
+
 def begin(*args, cwd, **options):
     """A training run that has begun to log."""
     command = [sys.executable, REPO / "train.py", *TINY.split(), "--max_iters=100000", *args]
     process = subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
+    begun.append(process)
     for line in process.stdout:
         if line.startswith("iter 3"):
             return process
