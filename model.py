@@ -28,24 +28,16 @@ ACTIVATIONS = {
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer
 }
 
-
 FIELD_CHOICES = {
     "activation": ACTIVATIONS,
     "position": ("learned", "rope"),
     "init": ("gpt2", "zero", "torch"),
 }
 FIELD_RANGES = {  # the least value, and what it must stay below
-    "block_size": (1, 10_000_000),
-    "vocab_size": (1, 10_000_000),
-    "n_layer": (0, 1000),
-    "n_head": (1, 10_000),
-    "n_embd": (1, 100_000),
-    "dropout": (0, 1),
-    "embd_dropout": (0, 1),
-    "attn_dropout": (0, 1),
-    "resid_dropout": (0, 1),
+    (1, 10_000_000): ("block_size", "vocab_size", "n_head", "n_embd"),
+    (0, 1000): ("n_layer",),
+    (0, 1): ("dropout", "embd_dropout", "attn_dropout", "resid_dropout"),
 }
-
 
 # of attention in generation: not cuDNN's, which on Hopper and later GPUs plans 30 ms for each new length
 GENERATION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -55,7 +47,7 @@ class ModelError(ValueError):
     """A model that cannot be built, loaded or run as asked: one line that says why."""
 
     def __init__(self, message):
-        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
+        super().__init__(" ".join(message.split()))
 
 
 @dataclass
@@ -85,10 +77,11 @@ class GPTConfig:
             value = getattr(self, field.name)
             if not isinstance(value, field.type | int):
                 raise ModelError(f"{field.name} cannot be {value!r:.40}")
-        for name, (low, limit) in FIELD_RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < limit:
-                raise ModelError(f"{name} must be at least {low} and below {limit}, not {value}")
+        for (low, limit), names in FIELD_RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not low <= value < limit:
+                    raise ModelError(f"{name} must be at least {low} and below {limit}, not {value}")
         for name, choices in FIELD_CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
