@@ -147,19 +147,18 @@ class KVCache(nn.Module):
         # (n_layer, 2 for keys and values, B, H, S, D)
         shape = (config.n_layer, 2, batch_size, config.n_head, size, config.head_size)
         self.register_buffer("kv", like.new_zeros(shape))
-        self.register_buffer("all_positions", torch.arange(size, device=like.device))  # (S,)
 
     def extend(self, positions):
         """The tokens at positions (T,) come next. Each may look at its own place and those before it."""
         self.new_positions = positions
-        self.mask = self.all_positions <= positions[:, None]  # (T, S), True where a token may look
+        all_positions = torch.arange(self.kv.size(4), device=positions.device)  # (S,)
+        self.mask = all_positions <= positions[:, None]  # (T, S), True where a token may look
 
     def update(self, layer, k, v):
         """Store k and v (B, H, T, D) of a block's new tokens; return those of all places, (B, H, S, D)."""
-        keys, values = self.kv[layer]
-        keys.index_copy_(2, self.new_positions, k.type_as(keys))  # autocast may have made k bfloat16
-        values.index_copy_(2, self.new_positions, v.type_as(values))
-        return keys, values
+        kv = self.kv[layer]  # (2, B, H, S, D)
+        # autocast may have made the new ones bfloat16
+        return kv.index_copy_(3, self.new_positions, torch.stack((k, v)).type_as(kv))
 
 
 class CausalSelfAttention(nn.Module):
@@ -175,7 +174,6 @@ class CausalSelfAttention(nn.Module):
         # mixes what the heads have found
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(value_or(config.attn_dropout, config.dropout))
-        self.resid_dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
     def forward(self, x, angles=None, cache=None):
         """x: (B, T, C); angles: rotary ones of the T positions; cache: a KVCache. Returns (B, T, C)."""
@@ -185,11 +183,11 @@ class CausalSelfAttention(nn.Module):
         if self.config.qk_norm:
             q = F.rms_norm(q, (D,), eps=1e-6).type_as(v)
             k = F.rms_norm(k, (D,), eps=1e-6).type_as(v)
-        if angles is not None:
+        if angles:
             q, k = rotate(q, *angles), rotate(k, *angles)
 
         mask = None  # stands for the causal mask: each token looks at itself and those before it; S is T
-        if cache is not None:
+        if cache:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
             mask = cache.mask  # (T, S)
         if self.config.flash:
@@ -198,15 +196,15 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         else:
             if mask is None:
-                mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+                mask = x.new_ones(T, T).tril().bool()
             # scores grow with sqrt(D); undivided, softmax would put nearly all weight on one token
-            scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, S)
+            scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
             scores = scores.masked_fill(~mask, -math.inf)  # softmax makes it 0
             weights = scores.softmax(dim=-1)  # how much of each token to take; a row sums to 1
             y = self.attn_dropout(weights) @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
-        return self.resid_dropout(self.c_proj(y))
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
@@ -217,11 +215,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
     def forward(self, x):
         x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
-        return self.dropout(self.c_proj(x))  # (B, T, 4C) -> (B, T, C)
+        return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -233,10 +230,11 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.resid_dropout = nn.Dropout(value_or(config.resid_dropout, config.dropout))
 
     def forward(self, x, angles=None, cache=None):
-        x = x + self.attn(self.ln_1(x), angles, cache)
-        return x + self.mlp(self.ln_2(x))  # (B, T, C)
+        x = x + self.resid_dropout(self.attn(self.ln_1(x), angles, cache))
+        return x + self.resid_dropout(self.mlp(self.ln_2(x)))  # (B, T, C)
 
 
 # -- the model -----------------------------------------------------------------------------------------------
