@@ -268,12 +268,12 @@ class GPT(nn.Module):
         2 n_layer projections add up in the residual stream, so "gpt2" divides their 0.02 by sqrt(2 n_layer)
         (Radford et al. 2019, section 2.3). "zero" sets them to 0, so that each block begins as the identity.
         """
-        residual_std = 0.0  # of "zero"
-        if self.config.init == "gpt2":
-            residual_std = 0.02 / math.sqrt(2 * max(1, self.config.n_layer))
         for name, p in self.named_parameters():
+            std = 0.02
+            if name.endswith("c_proj.weight"):
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if self.config.init == "gpt2" else 0.0
             if p.dim() == 2:
-                nn.init.normal_(p, std=residual_std if name.endswith("c_proj.weight") else 0.02)
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -285,10 +285,10 @@ class GPT(nn.Module):
         Returns (None, loss) with targets, the mean cross-entropy in nats; with all_logits the logits as well,
         which a large model cannot afford to keep. Raises ModelError where T exceeds block_size.
         """
-        if idx.size(1) > self.config.block_size:
-            raise ModelError(f"{idx.size(1)} tokens are more than block_size={self.config.block_size}")
-        positions = torch.arange(idx.size(1), device=idx.device)  # (T,)
-        x = self.hidden_states(idx, positions)  # (B, T, C)
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ModelError(f"{T} tokens are more than block_size={self.config.block_size}")
+        x = self.hidden_states(idx, torch.arange(T, device=idx.device))  # (B, T, C)
         if targets is None and not all_logits:
             x = x[:, -1:]  # generation needs the last position alone: (B, 1, C)
         logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
@@ -313,12 +313,10 @@ class GPT(nn.Module):
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Count of parameters. non_embedding leaves out embeddings that are not the output layer too."""
-        left_out = []
+        parts = [self]
         if non_embedding:
-            left_out = ["transformer.wpe.weight", "transformer.wte.weight"]
-        if self.config.tie_weights:
-            left_out = left_out[:1]
-        return sum(p.numel() for name, p in self.named_parameters() if name not in left_out)
+            parts = [self.transformer.h, self.transformer.ln_f, self.lm_head]
+        return sum(p.numel() for part in parts for p in part.parameters())
 
     def flops_per_token(self) -> int:
         """Floating point operations of a token in training, forward and backward.
@@ -355,30 +353,24 @@ class GPT(nn.Module):
         Raises ModelError where an argument makes no sense.
         """
         block_size = self.config.block_size
-        check_sampling(temperature, top_k, top_p)
         if not (idx.dim() == 2 and idx.numel() and idx.dtype == torch.int64 and 1 <= slide <= block_size):
             raise ModelError("generation needs a prompt (B, T) of int64 and a slide from 1 to block_size")
         # the step is compiled for one S, the largest
         cache_size = block_size if self.compiled_step else min(block_size, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
-        cached = 0  # how many of the tokens idx are in the cache
-        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
+        new, step = idx, self.next_logits  # the tokens that are not in the cache yet, and what takes them in
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:
                 # the context moves on, and with it the position of each token: nothing cached is of use
-                idx = idx[:, slide - 1 - block_size :]
-                cached = 0
-            cache.extend(torch.arange(cached, idx.size(1), device=idx.device))
-            step = self.next_logits
-            if cached > 0 and self.compiled_step:
-                step = self.compiled_step
-            # a copy, so that the strides of what is compiled never change
-            new_idx = idx[:, cached:].clone(memory_format=torch.contiguous_format)
+                new = idx = idx[:, slide - 1 - block_size :]
+                step = self.next_logits
+            cache.extend(torch.arange(idx.size(1) - new.size(1), idx.size(1), device=idx.device))
             with sdpa_kernel(GENERATION_KERNELS) if idx.is_cuda else nullcontext():
-                logits = step(new_idx, cache)  # (B, V)
-            cached = idx.size(1)
+                logits = step(new, cache)  # (B, V)
             probs = next_token_probs(logits[:, :vocab_size], temperature, top_k, top_p)  # (B, V)
             new = draw(probs, generator)  # (B, 1)
+            step = self.compiled_step or self.next_logits  # for one token a text
             if stop is not None:
                 # one that has ended goes on with stop, so that the batch stays a rectangle
                 new = new.masked_fill(ended, stop)
@@ -503,10 +495,10 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     2019). Raises ModelError where one of them makes no sense.
     """
     check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or less than float32 can divide by
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    # the largest becomes 0, so that nothing overflows; a temperature below what float32 holds would be 0
-    logits = (logits - logits.amax(-1, keepdim=True)).float() / max(temperature, 1e-30)
+    # the largest becomes 0, so that nothing overflows
+    logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature
     if top_k is not None:
         kept, ids = logits.topk(min(top_k, logits.size(-1)))
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
@@ -546,7 +538,7 @@ def newton_schulz(x):
         x = x.mT
     if x.is_cuda or cpu_prefers_bfloat16():
         x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the iteration converges below norm 1
+    x = F.normalize(x, dim=(1, 2), eps=1e-7)  # the iteration converges below norm 1
     for _ in range(5):
         # x becomes 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x, which drives singular values towards 1
         gram = x @ x.mT
