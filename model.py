@@ -426,20 +426,18 @@ class GPT(nn.Module):
             checkpoint = load_checkpoint(checkpoint)
         weights = {}
         try:
+            config = GPTConfig(**checkpoint["model_args"] | changes)
             for name, tensor in checkpoint["model"].items():
+                name = name.removeprefix("_orig_mod.")  # the prefix of a compiled model
+                if name == "transformer.wpe.weight":
+                    tensor = tensor[: config.block_size]  # a shorter context drops the last positions
                 if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which are no weights
-                    weights[name.removeprefix("_orig_mod.")] = tensor  # the prefix of a compiled model
-            config = GPTConfig(**(checkpoint["model_args"] | changes))
-            if config.position == "learned" and "block_size" in changes:  # drops the last positions
-                wpe = weights["transformer.wpe.weight"]
-                weights["transformer.wpe.weight"] = wpe[: config.block_size].clone()
+                    weights[name] = nn.Parameter(tensor)  # refuses integers
             with torch.device("meta"):  # takes no memory and no random numbers
                 model = cls(config)
-            model.load_state_dict(weights, assign=True)  # raises where a name or a shape differs
-            for p in model.parameters():
-                # dense and in memory of its own: those of a file may overlap, which optimizers do not expect
-                p.data = torch.empty(p.shape).copy_(p)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # dense float32 memory of its own: tensors of a file may overlap, which optimizers do not expect
+            model.to_empty(device=device).load_state_dict(weights)  # raises where a name or a shape differs
+        except Exception as error:  # what is in a file may raise any type there is
             raise ModelError(f"the checkpoint's weights do not fit the model: {error}") from None
         if config.tie_weights:
             if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
@@ -447,7 +445,7 @@ class GPT(nn.Module):
             model.lm_head.weight = model.transformer.wte.weight  # loading has made them two
         if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
             raise ModelError("the checkpoint's weights are not finite")
-        return model.to(device).eval()
+        return model.eval()
 
     from_pretrained = from_checkpoint  # a Hugging Face folder is a checkpoint too
 
