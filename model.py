@@ -457,22 +457,22 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
 
         config = asdict(self.config)
-        for name, values in OURS_SUPPORTED.items():
+        activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
+        expressed = {"position": ["learned"], "qk_norm": [False], "activation": activations}
+        for name, values in expressed.items():
             if config[name] not in values:
                 raise ModelError(f"Hugging Face's GPT-2 cannot express {name}={config[name]}")
-        settings = {name: values[0] for name, values in HF_SUPPORTED.items()}
+        settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
         for ours, theirs in HF_NAMES.items():
             settings[theirs] = value_or(config[ours], config["dropout"])  # only a dropout can be None
-        settings["activation_function"] = OURS_SUPPORTED["activation"][config["activation"]]
-        settings["architectures"] = ["GPT2LMHeadModel"]  # the class that from_pretrained takes
+        settings["activation_function"] = activations[config["activation"]]
         settings["bos_token_id"] = settings["eos_token_id"] = 50256 if config["vocab_size"] > 50256 else None
-        weights = {name: transposed(name, tensor) for name, tensor in self.state_dict().items()}
+        # the output layer is not among them where it is the token embedding
+        weights = {name: transposed(name, p.data) for name, p in self.named_parameters()}
         with torch.device("meta"):
             complete = GPT(replace(self.config, bias=True, qkv_bias=None))
-        for name, tensor in complete.state_dict().items():
-            weights.setdefault(name, torch.zeros(tensor.shape))  # a bias of 0 is the same as none
-        if self.config.tie_weights:
-            del weights["lm_head.weight"]
+        for name, p in complete.named_parameters():
+            weights.setdefault(name, torch.zeros(p.shape))  # a bias of 0 is the same as none
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -612,25 +612,26 @@ def load_checkpoint(path: str) -> dict:
     path = Path(path)
     if path.is_dir():
         return load_hugging_face(path)
-    if path.exists() and not path.is_file():
-        raise ModelError(f"{path} is no regular file")
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist, or is no regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(file.compress_type for file in archive.filelist):  # PyTorch's are not compressed
                 raise zipfile.BadZipFile
         # tensors stay on the disk until they are used
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except Exception:  # a damaged zip or a forbidden pickle raises any type there is
-        raise ModelError(f"{path} is damaged, or holds other things than tensors and plain data") from None
-    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise ModelError(f"{path} is no GPT checkpoint: it lacks model or model_args")
-    args = {}
-    if "iter_num" in checkpoint:  # nanoGPT's, of which the rest is not ours
-        checkpoint = {name: checkpoint.get(name, {}) for name in ("model", "model_args", "config")}
-        args = {"activation": "gelu_erf"}  # its GELU is exact
+    except Exception as error:  # a damaged zip or a forbidden pickle raises any type there is
+        raise ModelError(
+            f"{path} cannot be read, is damaged, or holds other things than tensors and plain data "
+            f"({type(error).__name__})"
+        ) from None
     try:
+        if "iter_num" in checkpoint:  # nanoGPT's, of which the rest is not ours; its GELU is exact
+            checkpoint = {
+                "model": checkpoint["model"],
+                "model_args": {"activation": "gelu_erf"} | checkpoint["model_args"],
+                "config": checkpoint["config"],
+            }
         for name, kind in CHECKPOINT_FIELDS.items():
             value = checkpoint.get(name, kind())
             if not isinstance(value, kind) or (kind in (int, float) and not value >= 0):
@@ -638,13 +639,13 @@ def load_checkpoint(path: str) -> dict:
         # tensors may overlap: the output layer and the token embedding, but not more
         if sum(tensor.nbytes for tensor in checkpoint["model"].values()) > 2 * path.stat().st_size:
             raise TypeError("its tensors are larger than the file")
-        checkpoint["model_args"] = asdict(GPTConfig(**args | checkpoint["model_args"]))
-    except (AttributeError, ModelError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{path} is damaged: {error}") from None
+        checkpoint["model_args"] = asdict(GPTConfig(**checkpoint["model_args"]))
+    except Exception as error:
+        raise ModelError(f"{path} is no checkpoint of a GPT, or damaged: {error}") from None
     return checkpoint
 
 
-# Hugging Face's names for GPTConfig's fields, and what its config.json means where it leaves one out
+# Hugging Face's names for GPTConfig's fields, and for the values of activation
 HF_NAMES = {
     "vocab_size": "vocab_size",
     "block_size": "n_positions",
@@ -657,29 +658,19 @@ HF_NAMES = {
     "tie_weights": "tie_word_embeddings",
     "activation": "activation_function",
 }
-HF_DEFAULTS = {
-    "embd_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-    "resid_pdrop": 0.1,
-    "tie_word_embeddings": True,
-    "activation_function": "gelu_new",
+HF_ACTIVATIONS = {  # of two names for the same, the last is the one we write
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "gelu": "gelu_erf",
+    "relu": "relu",
 }
-HF_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu", "gelu_new": "gelu", "gelu": "gelu_erf", "relu": "relu"}
-
-# the values of its settings that our GPT can have; the first is that of a setting which is missing
+# the values of its settings that our GPT can have, where one is given
 HF_SUPPORTED = {
     "model_type": ["gpt2"],
-    "activation_function": ["gelu_new", *HF_ACTIVATIONS],
+    "activation_function": [*HF_ACTIVATIONS],
     "layer_norm_epsilon": [1e-5],
     "scale_attn_weights": [True],
     "scale_attn_by_inverse_layer_idx": [False],
-    "add_cross_attention": [False],
-}
-# the values of our fields that its GPT-2 can have
-OURS_SUPPORTED = {
-    "position": ["learned"],
-    "qk_norm": [False],
-    "activation": {"gelu": "gelu_new", "gelu_erf": "gelu", "relu": "relu"},  # and its name for each
 }
 
 
@@ -694,10 +685,9 @@ def weight_files(folder):
     """The files of a Hugging Face folder that hold its weights: one, or several that an index lists."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {folder / Path(file).name for file in json.loads(index.read_text())["weight_map"].values()}
-    if (folder / "pytorch_model.bin").exists() and not (folder / "model.safetensors").exists():
-        return [folder / "pytorch_model.bin"]
-    return [folder / "model.safetensors"]
+        return {folder / Path(file).name for file in json.loads(index.read_bytes())["weight_map"].values()}
+    whole = folder / "model.safetensors"
+    return [whole if whole.exists() else folder / "pytorch_model.bin"]
 
 
 def load_hugging_face(folder):
@@ -705,36 +695,35 @@ def load_hugging_face(folder):
     from safetensors.torch import load_file
 
     try:
-        settings = HF_DEFAULTS | json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        # what is missing there has the same defaults here
+        settings = json.loads((folder / "config.json").read_bytes())
+        for name, values in (HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}).items():
+            if name in settings and settings[name] not in values:
+                raise ModelError(f"{name} is {settings[name]!r}, none of {values}")
+        args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items() if theirs in settings}
+        args["activation"] = HF_ACTIVATIONS[args.get("activation", "gelu_new")]
         tensors = {}
         for path in weight_files(folder):
             with open(path, "rb") as file:
-                if file.read(30).startswith(b"version https://git-lfs"):
+                if b"git-lfs" in file.read(30):
                     raise ModelError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
             if path.suffix == ".bin":
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 tensors |= load_file(path)
-        supported = HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}
-        for name, values in supported.items():
-            if settings.get(name, values[0]) not in values:
-                raise ModelError(f"{name} is {settings[name]!r}, none of {values}")
-        args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
-    except KeyError as error:
-        raise ModelError(f"{folder}/config.json lacks {error}") from None
+        weights = {}
+        for name, tensor in tensors.items():
+            if not name.startswith(("transformer.", "lm_head.")):  # as in files of the first years
+                name = f"transformer.{name}"
+            weights[name] = transposed(name, tensor)
+        if args.get("tie_weights", True):
+            weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+        return {"model": weights, "model_args": asdict(GPTConfig(**args))}
     except Exception as error:  # safetensors and pickle have types of their own
         raise ModelError(
-            f"{folder} is no GPT-2 of Hugging Face's ({error}); of a run's folder, give {folder}/best.pt"
+            f"{folder} is no GPT-2 of Hugging Face's, or its config.json lacks a setting: {error}; "
+            f"of a run's folder, give {folder}/best.pt"
         ) from None
-    args["activation"] = HF_ACTIVATIONS[args["activation"]]
-    weights = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(("transformer.", "lm_head.")):  # as in files of the first years
-            name = f"transformer.{name}"
-        weights[name] = transposed(name, tensor)
-    if args["tie_weights"]:
-        weights.setdefault("lm_head.weight", weights.get("transformer.wte.weight"))
-    return {"model": weights, "model_args": args}
 
 
 # -- the machine ---------------------------------------------------------------------------------------------
