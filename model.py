@@ -145,8 +145,8 @@ class KVCache(nn.Module):
         """size: S; like: a weight of the model, for its type and device."""
         super().__init__()
         # (n_layer, 2 for keys and values, B, H, S, D)
-        shape = (config.n_layer, 2, batch_size, config.n_head, size, config.head_size)
-        self.register_buffer("kv", like.new_zeros(shape))
+        kv = like.new_zeros(config.n_layer, 2, batch_size, config.n_head, size, config.head_size)
+        self.register_buffer("kv", kv)
 
     def extend(self, positions):
         """The tokens at positions (T,) come next. Each may look at its own place and those before it."""
@@ -181,8 +181,7 @@ class CausalSelfAttention(nn.Module):
         H, D = self.config.n_head, self.config.head_size
         q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if self.config.qk_norm:
-            q = F.rms_norm(q, (D,), eps=1e-6).type_as(v)
-            k = F.rms_norm(k, (D,), eps=1e-6).type_as(v)
+            q, k = (F.rms_norm(vectors, (D,), eps=1e-6).type_as(v) for vectors in (q, k))
         if angles:
             q, k = rotate(q, *angles), rotate(k, *angles)
 
@@ -432,11 +431,13 @@ class GPT(nn.Module):
                 if name == "transformer.wpe.weight":
                     tensor = tensor[: config.block_size]  # a shorter context drops the last positions
                 if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which are no weights
-                    weights[name] = nn.Parameter(tensor)  # refuses integers
+                    weights[name] = tensor
             with torch.device("meta"):  # takes no memory and no random numbers
                 model = cls(config)
-            # dense float32 memory of its own: tensors of a file may overlap, which optimizers do not expect
-            model.to_empty(device=device).load_state_dict(weights)  # raises where a name or a shape differs
+            model.load_state_dict(weights, assign=True)  # raises where a name, a shape or a type differs
+            for p in model.parameters():
+                # dense and in memory of its own: those of a file may overlap, which optimizers do not expect
+                p.data = torch.empty(p.shape, device=device).copy_(p)
         except Exception as error:  # what is in a file may raise any type there is
             raise ModelError(f"the checkpoint's weights do not fit the model: {error}") from None
         if config.tie_weights:
@@ -578,7 +579,7 @@ class Muon(torch.optim.Optimizer):
                 # a tall matrix takes larger steps, so that what it puts out changes as much
                 step_size = group["lr"] * math.sqrt(max(1, rows / columns))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update.reshape(p.shape), alpha=step_size)
+                p.sub_(update.reshape_as(p), alpha=step_size)
             if processes > 1:
                 for i, p in enumerate(group["params"]):
                     dist.broadcast(p, i % processes)
@@ -735,10 +736,9 @@ def cpu_prefers_bfloat16():
     An Intel CPU with AVX-512 BF16 alone takes 1.6 times as long for a training step as in float32, one with
     neither many times as long.
     """
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # missing in older releases of torch
-    abilities = get_capabilities()
+    abilities = torch.cpu.get_capabilities()
     amd = "AMD" in abilities.get("cpu_name", "")
-    return bool(abilities.get("amx_bf16") or (amd and abilities.get("avx512_bf16")))
+    return abilities.get("amx_bf16") or (amd and abilities.get("avx512_bf16"))
 
 
 def pick_device(device):
@@ -747,7 +747,7 @@ def pick_device(device):
         return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.zeros(1, device=device).item()
-    except (AssertionError, NotImplementedError, RuntimeError):
+    except (AssertionError, RuntimeError):
         raise ModelError(f"device={device} is not available (CUDA needs a GPU); use --device=cpu") from None
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # or libraries take memory of the first GPU too
@@ -759,8 +759,7 @@ def check_compiler(device):
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
     except Exception as error:  # of the compiler's own types
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"torch.compile does not work here: {reason:.200}") from None
+        raise ModelError(f"torch.compile does not work here: {error!s:.200}") from None
 
 
 def pick_dtype(dtype, device, training=False):
