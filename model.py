@@ -276,10 +276,11 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, all_logits=False):
+    def forward(self, idx, targets=None, all_logits=False, cache=None):
         """Predict the next token of each position, and measure the loss where targets are given.
 
         idx: (B, T) int64 token IDs; targets: (B, T) int64, those of -1 are ignored.
+        cache: a KVCache that was extended by the positions of idx; without one they begin at 0.
         Returns (logits, None) without targets: (B, 1, V) of the last position, or (B, T, V) with all_logits.
         Returns (None, loss) with targets, the mean cross-entropy in nats; with all_logits the logits as well,
         which a large model cannot afford to keep. Raises ModelError where T exceeds block_size.
@@ -287,19 +288,8 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.config.block_size:
             raise ModelError(f"{T} tokens are more than block_size={self.config.block_size}")
-        x = self.hidden_states(idx, torch.arange(T, device=idx.device))  # (B, T, C)
-        if targets is None and not all_logits:
-            x = x[:, -1:]  # generation needs the last position alone: (B, 1, C)
-        logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
-        if targets is None:
-            return logits, None
-        # positions of all texts in one row: (B T, V) and (B T,)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return (logits if all_logits else None), loss
-
-    def hidden_states(self, idx, positions, cache=None):
-        """What the output layer gets, (B, T, C): the tokens idx (B, T) at positions (T,) after all blocks."""
-        x = self.transformer.wte(idx)
+        positions = cache.new_positions if cache else torch.arange(T, device=idx.device)  # (T,)
+        x = self.transformer.wte(idx)  # (B, T, C)
         angles = None
         if self.config.position == "rope":
             angles = rope_angles(positions, self.config.head_size)
@@ -308,7 +298,15 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, angles, cache)
-        return self.transformer.ln_f(x)
+        x = self.transformer.ln_f(x)
+        if targets is None and not all_logits:
+            x = x[:, -1:]  # generation needs the last position alone: (B, 1, C)
+        logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
+        if targets is None:
+            return logits, None
+        # positions of all texts in one row: (B T, V) and (B T,)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return (logits if all_logits else None), loss
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Count of parameters. non_embedding leaves out embeddings that are not the output layer too."""
@@ -385,8 +383,7 @@ class GPT(nn.Module):
 
     def next_logits(self, idx, cache):
         """Logits (B, V) after the tokens idx (B, T), by which the cache was extended just before."""
-        x = self.hidden_states(idx, cache.new_positions, cache)  # (B, T, C)
-        return self.lm_head(x[:, -1])
+        return self(idx, cache=cache)[0][:, -1]
 
     # -- the model ends here; what follows trains and stores it ----------------------------------------------
 
@@ -428,10 +425,17 @@ class GPT(nn.Module):
             config = GPTConfig(**checkpoint["model_args"] | changes)
             for name, tensor in checkpoint["model"].items():
                 name = name.removeprefix("_orig_mod.")  # the prefix of a compiled model
+                if not name.startswith(("transformer.", "lm_head.")):  # Hugging Face's first files
+                    name = f"transformer.{name}"
                 if name == "transformer.wpe.weight":
                     tensor = tensor[: config.block_size]  # a shorter context drops the last positions
                 if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which are no weights
                     weights[name] = tensor
+            if config.tie_weights:
+                wte = weights["transformer.wte.weight"] = nn.Parameter(weights["transformer.wte.weight"])
+                if not torch.equal(weights.get("lm_head.weight", wte), wte):
+                    raise ModelError("the output layer differs from the token embedding, against tie_weights")
+                weights["lm_head.weight"] = wte
             with torch.device("meta"):  # takes no memory and no random numbers
                 model = cls(config)
             model.load_state_dict(weights, assign=True)  # raises where a name, a shape or a type differs
@@ -440,10 +444,6 @@ class GPT(nn.Module):
                 p.data = torch.empty(p.shape, device=device).copy_(p)
         except Exception as error:  # what is in a file may raise any type there is
             raise ModelError(f"the checkpoint's weights do not fit the model: {error}") from None
-        if config.tie_weights:
-            if not torch.equal(model.lm_head.weight, model.transformer.wte.weight):
-                raise ModelError("tie_weights is True, but the output layer differs from the token embedding")
-            model.lm_head.weight = model.transformer.wte.weight  # loading has made them two
         if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
             raise ModelError("the checkpoint's weights are not finite")
         return model.eval()
@@ -712,13 +712,7 @@ def load_hugging_face(folder):
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 tensors |= load_file(path)
-        weights = {}
-        for name, tensor in tensors.items():
-            if not name.startswith(("transformer.", "lm_head.")):  # as in files of the first years
-                name = f"transformer.{name}"
-            weights[name] = transposed(name, tensor)
-        if args.get("tie_weights", True):
-            weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+        weights = {name: transposed(name, tensor) for name, tensor in tensors.items()}
         return {"model": weights, "model_args": asdict(GPTConfig(**args))}
     except Exception as error:  # safetensors and pickle have types of their own
         raise ModelError(

@@ -297,11 +297,11 @@ def export_folder(checkpoint, tokenizer):
     if folder.exists():
         raise UserError(f"{folder} is there already; --export wants a new folder")
     theirs = as_hugging_face(tokenizer)
-    weights = dict(checkpoint["model"])
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = weights[name][: tokenizer.vocab_size]  # IDs that only pad the model would be sampled
-    args = checkpoint["model_args"] | {"vocab_size": tokenizer.vocab_size}
-    GPT.from_checkpoint({"model": weights, "model_args": args}).save_pretrained(folder)
+    model = GPT.from_checkpoint(checkpoint)
+    model.config.vocab_size = tokenizer.vocab_size
+    for layer in (model.transformer.wte, model.lm_head):
+        layer.weight.data = layer.weight.data[: tokenizer.vocab_size]  # IDs that only pad would be sampled
+    model.save_pretrained(folder)
     theirs.save(str(folder / "tokenizer.json"))
     ids, words = {}, {}
     if tokenizer.end_of_text is not None:
@@ -309,7 +309,7 @@ def export_folder(checkpoint, tokenizer):
         words = dict.fromkeys(
             ("bos_token", "eos_token", "pad_token"), theirs.id_to_token(tokenizer.end_of_text)
         )
-    words |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args["block_size"]}
+    words |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
     for name, settings in (
         ("config.json", read_json(folder / "config.json") | ids),
         ("generation_config.json", ids),
