@@ -12,7 +12,7 @@ import json
 import math
 import zipfile
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -73,14 +73,13 @@ class GPTConfig:
     init: str = "gpt2"  # "gpt2", "zero" or "torch": see GPT.init_weights
 
     def __post_init__(self):
-        for field in fields(self):  # those of a file may be of any type
-            value = getattr(self, field.name)
-            if not isinstance(value, field.type | int):
-                raise ModelError(f"{field.name} cannot be {value!r:.40}")
+        for name, value in vars(self).items():  # those of a file may be of any type
+            if not isinstance(value, self.__annotations__[name] | int):
+                raise ModelError(f"{name} cannot be {value!r:.40}")
         for (low, limit), names in FIELD_RANGES.items():
             for name in names:
-                value = getattr(self, name)
-                if value is not None and not low <= value < limit:
+                value = value_or(getattr(self, name), low)
+                if not low <= value < limit:
                     raise ModelError(f"{name} must be at least {low} and below {limit}, not {value}")
         for name, choices in FIELD_CHOICES.items():
             value = getattr(self, name)
@@ -247,17 +246,17 @@ class GPT(nn.Module):
         self.config = config
         # Keep this order: each module draws random weights, and published numbers depend on it.
         # Keep the names, which are GPT-2's: token and position embeddings, blocks (h), final LayerNorm.
-        self.transformer = nn.ModuleDict()
-        self.transformer.wte = Embedding(config.vocab_size, config.n_embd)
+        parts = self.transformer = nn.ModuleDict()
+        parts.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
-            self.transformer.wpe = Embedding(config.block_size, config.n_embd)
-        self.transformer.drop = nn.Dropout(value_or(config.embd_dropout, config.dropout))
-        self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.transformer.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+            parts.wpe = Embedding(config.block_size, config.n_embd)
+        parts.drop = nn.Dropout(value_or(config.embd_dropout, config.dropout))
+        parts.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        parts.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             # one matrix for both saves a third of GPT-2 124M (Press and Wolf 2017)
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = parts.wte.weight
         if config.init != "torch" and not self.lm_head.weight.is_meta:
             self.init_weights()
 
@@ -444,7 +443,7 @@ class GPT(nn.Module):
                 p.data = torch.empty(p.shape, device=device).copy_(p)
         except Exception as error:  # what is in a file may raise any type there is
             raise ModelError(f"the checkpoint's weights do not fit the model: {error}") from None
-        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+        if not nn.utils.get_total_norm(model.parameters()).isfinite():
             raise ModelError("the checkpoint's weights are not finite")
         return model.eval()
 
@@ -457,21 +456,26 @@ class GPT(nn.Module):
         """
         from safetensors.torch import save_file
 
-        config = asdict(self.config)
+        config = self.config
         activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
-        expressed = {"position": ["learned"], "qk_norm": [False], "activation": activations}
-        for name, values in expressed.items():
-            if config[name] not in values:
-                raise ModelError(f"Hugging Face's GPT-2 cannot express {name}={config[name]}")
-        settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+        if config.activation not in activations or config.position != "learned" or config.qk_norm:
+            raise ModelError(
+                "Hugging Face's GPT-2 cannot express activation=relu2, position=rope or qk_norm=True"
+            )
+        settings = {}
         for ours, theirs in HF_NAMES.items():
-            settings[theirs] = value_or(config[ours], config["dropout"])  # only a dropout can be None
-        settings["activation_function"] = activations[config["activation"]]
-        settings["bos_token_id"] = settings["eos_token_id"] = 50256 if config["vocab_size"] > 50256 else None
+            settings[theirs] = value_or(getattr(config, ours), config.dropout)  # only a dropout can be None
+        settings |= {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "activation_function": activations[config.activation],
+            "bos_token_id": None,  # which ID it is, if any, only the tokenizer knows
+            "eos_token_id": None,
+        }
         # the output layer is not among them where it is the token embedding
         weights = {name: transposed(name, p.data) for name, p in self.named_parameters()}
         with torch.device("meta"):
-            complete = GPT(replace(self.config, bias=True, qkv_bias=None))
+            complete = GPT(replace(config, bias=True, qkv_bias=None))
         for name, p in complete.named_parameters():
             weights.setdefault(name, torch.zeros(p.shape))  # a bias of 0 is the same as none
         folder = Path(folder)
@@ -621,10 +625,9 @@ def load_checkpoint(path: str) -> dict:
                 raise zipfile.BadZipFile
         # tensors stay on the disk until they are used
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged zip or a forbidden pickle raises any type there is
+    except Exception:  # a damaged zip or a forbidden pickle raises any type there is
         raise ModelError(
-            f"{path} cannot be read, is damaged, or holds other things than tensors and plain data "
-            f"({type(error).__name__})"
+            f"{path} may not be read, is damaged, or holds other things than tensors and plain data"
         ) from None
     try:
         if "iter_num" in checkpoint:  # nanoGPT's, of which the rest is not ours; its GELU is exact
