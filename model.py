@@ -462,9 +462,7 @@ class GPT(nn.Module):
             raise ModelError(
                 "Hugging Face's GPT-2 cannot express activation=relu2, position=rope or qk_norm=True"
             )
-        settings = {}
-        for ours, theirs in HF_NAMES.items():
-            settings[theirs] = value_or(getattr(config, ours), config.dropout)  # only a dropout can be None
+        settings = {theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}
         settings |= {
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
@@ -649,16 +647,14 @@ def load_checkpoint(path: str) -> dict:
     return checkpoint
 
 
-# Hugging Face's names for GPTConfig's fields, and for the values of activation
+# Hugging Face's names for GPTConfig's fields, and for the values of activation. Dropouts stay out: they belong
+# to a training run, not to its weights.
 HF_NAMES = {
     "vocab_size": "vocab_size",
     "block_size": "n_positions",
     "n_layer": "n_layer",
     "n_head": "n_head",
     "n_embd": "n_embd",
-    "embd_dropout": "embd_pdrop",
-    "attn_dropout": "attn_pdrop",
-    "resid_dropout": "resid_pdrop",
     "tie_weights": "tie_word_embeddings",
     "activation": "activation_function",
 }
@@ -699,7 +695,7 @@ def load_hugging_face(folder):
     from safetensors.torch import load_file
 
     try:
-        # what is missing there has the same defaults here
+        # what it leaves out has the same default here, but for vocab_size, where the weights then do not fit
         settings = json.loads((folder / "config.json").read_bytes())
         for name, values in (HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}).items():
             if name in settings and settings[name] not in values:
