@@ -144,8 +144,9 @@ class KVCache(nn.Module):
         """size: S; like: a weight of the model, for its type and device."""
         super().__init__()
         # (n_layer, 2 for keys and values, B, H, S, D)
-        kv = like.new_zeros(config.n_layer, 2, batch_size, config.n_head, size, config.head_size)
-        self.register_buffer("kv", kv)
+        self.register_buffer(
+            "kv", like.new_zeros(config.n_layer, 2, batch_size, config.n_head, size, config.head_size)
+        )
 
     def extend(self, positions):
         """The tokens at positions (T,) come next. Each may look at its own place and those before it."""
@@ -167,9 +168,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        qkv_bias = value_or(config.qkv_bias, config.bias)
         # query, key and value of all heads in one matrix, for one large product is faster than three
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=value_or(config.qkv_bias, config.bias))
         # mixes what the heads have found
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(value_or(config.attn_dropout, config.dropout))
@@ -406,7 +406,7 @@ class GPT(nn.Module):
         ]
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
         if for_muon:
-            optimizers.append(Muon(for_muon, lr=muon_learning_rate, weight_decay=weight_decay))
+            optimizers.append(Muon(for_muon, muon_learning_rate, weight_decay))
         return optimizers
 
     @classmethod
@@ -647,8 +647,8 @@ def load_checkpoint(path: str) -> dict:
     return checkpoint
 
 
-# Hugging Face's names for GPTConfig's fields, and for the values of activation. Dropouts stay out: they belong
-# to a training run, not to its weights.
+# Hugging Face's names for GPTConfig's fields, and for the values of activation. Dropouts stay out, for they
+# belong to a run, not to its weights.
 HF_NAMES = {
     "vocab_size": "vocab_size",
     "block_size": "n_positions",
@@ -658,6 +658,7 @@ HF_NAMES = {
     "tie_weights": "tie_word_embeddings",
     "activation": "activation_function",
 }
+HF_DEFAULTS = {"tie_word_embeddings": True, "activation_function": "gelu_new"}  # older files lack them
 HF_ACTIVATIONS = {  # of two names for the same, the last is the one we write
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
@@ -695,13 +696,12 @@ def load_hugging_face(folder):
     from safetensors.torch import load_file
 
     try:
-        # what it leaves out has the same default here, but for vocab_size, where the weights then do not fit
-        settings = json.loads((folder / "config.json").read_bytes())
+        settings = HF_DEFAULTS | json.loads((folder / "config.json").read_bytes())
         for name, values in (HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}).items():
             if name in settings and settings[name] not in values:
                 raise ModelError(f"{name} is {settings[name]!r}, none of {values}")
-        args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items() if theirs in settings}
-        args["activation"] = HF_ACTIVATIONS[args.get("activation", "gelu_new")]
+        args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
+        args["activation"] = HF_ACTIVATIONS[args["activation"]]
         tensors = {}
         for path in weight_files(folder):
             with open(path, "rb") as file:
