@@ -76,15 +76,13 @@ class GPTConfig:
         for name, value in vars(self).items():  # those of a file may be of any type
             if not isinstance(value, self.__annotations__[name] | int):
                 raise ModelError(f"{name} cannot be {value!r:.40}")
+            if value not in FIELD_CHOICES.get(name, [value]):
+                raise ModelError(f"{name}={value!r} is none of {', '.join(FIELD_CHOICES[name])}")
         for (low, limit), names in FIELD_RANGES.items():
             for name in names:
                 value = value_or(getattr(self, name), low)
                 if not low <= value < limit:
                     raise ModelError(f"{name} must be at least {low} and below {limit}, not {value}")
-        for name, choices in FIELD_CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise ModelError(f"{name}={value!r} is none of {', '.join(choices)}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if self.position == "rope" and self.head_size % 2:
@@ -151,8 +149,8 @@ class KVCache(nn.Module):
     def extend(self, positions):
         """The tokens at positions (T,) come next. Each may look at its own place and those before it."""
         self.new_positions = positions
-        all_positions = torch.arange(self.kv.size(4), device=positions.device)  # (S,)
-        self.mask = all_positions <= positions[:, None]  # (T, S), True where a token may look
+        # True where a token may look: (S,) <= (T, 1) -> (T, S)
+        self.mask = torch.arange(self.kv.size(4), device=positions.device) <= positions[:, None]
 
     def update(self, layer, k, v):
         """Store k and v (B, H, T, D) of a block's new tokens; return those of all places, (B, H, S, D)."""
@@ -309,9 +307,7 @@ class GPT(nn.Module):
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Count of parameters. non_embedding leaves out embeddings that are not the output layer too."""
-        parts = [self]
-        if non_embedding:
-            parts = [self.transformer.h, self.transformer.ln_f, self.lm_head]
+        parts = [self.transformer.h, self.transformer.ln_f, self.lm_head] if non_embedding else [self]
         return sum(p.numel() for part in parts for p in part.parameters())
 
     def flops_per_token(self) -> int:
