@@ -385,16 +385,16 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_learning_rate=None):
         """AdamW for all parameters; with muon_learning_rate, Muon for the matrices of the blocks instead.
 
-        AdamW decays matrices and embeddings, but neither biases nor LayerNorms.
+        AdamW decays matrices and embeddings, but neither biases nor LayerNorms. Each group has its param_names.
         """
         matrices, vectors, for_muon = [], [], []
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                vectors.append(p)
+                vectors.append((name, p))
             elif muon_learning_rate is not None and name.startswith("transformer.h."):
-                for_muon.append(p)
+                for_muon.append((name, p))
             else:
-                matrices.append(p)
+                matrices.append((name, p))
         # decay pulls weights to zero; a bias or a LayerNorm scale has no reason to go there
         groups = [
             {"params": matrices, "weight_decay": weight_decay},

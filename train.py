@@ -531,40 +531,27 @@ def build_model(checkpoint, config, vocab_size):
     return GPT(GPTConfig(vocab_size=vocab_size, **model_args))
 
 
-def optimizer_states(model, optimizers):
-    """What the optimizers know, as PyTorch has it, but that params gives the place of each name."""
-    names = {p: name for name, p in model.named_parameters()}
-    states = [opt.state_dict() for opt in optimizers]
-    for opt, state in zip(optimizers, states, strict=True):
-        for group, saved in zip(opt.param_groups, state["param_groups"], strict=True):
-            saved["params"] = {names[p]: i for p, i in zip(group["params"], saved["params"], strict=True)}
-    return states
-
-
-def restore(model, optimizers, scaler, checkpoint):
+def restore(optimizers, scaler, checkpoint):
     """Take over the state of a run's optimizers, by the names of the parameters.
 
     By name, for their places change when two lines of the model do. Fused optimizers trust the sizes, so each
     tensor must have its parameter's, and gets memory of its own. Raises UserError.
     """
     with user_error("the optimizer's state in the checkpoint is damaged"):
-        names = {p: name for name, p in model.named_parameters()}
         for opt, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
-            places = {}
-            for group in saved["param_groups"]:
-                places |= group["params"]
-            for p in (p for group in opt.param_groups for p in group["params"]):
-                state = saved["state"].get(places[names[p]])
-                if not state:  # before the first step there is none
-                    continue
-                for key in STATE.get(type(opt), state):
-                    shape = () if key in ("step", "mu_product") else p.shape
-                    if state[key].shape != shape:
-                        raise ValueError(f"{key} of {names[p]} has another shape")
-                    opt.state[p][key] = torch.empty(shape, device=p.device).copy_(state[key])
-        if checkpoint["scaler"]:
-            fresh = scaler.state_dict()  # empty, where it is not in use
-            scaler.load_state_dict({key: type(fresh[key])(checkpoint["scaler"][key]) for key in fresh})
+            for group, old in zip(opt.param_groups, saved["param_groups"], strict=True):
+                places = dict(zip(old["param_names"], old["params"], strict=True))
+                for name, p in zip(group["param_names"], group["params"], strict=True):
+                    state = saved["state"].get(places[name])
+                    if not state:  # before the first step there is none
+                        continue
+                    for key in STATE[type(opt)]:
+                        shape = () if key == "step" else p.shape
+                        if state[key].shape != shape:
+                            raise ValueError(f"{key} of {name} has another shape")
+                        opt.state[p][key] = p.new_empty(shape).copy_(state[key])
+        # a run in another precision had none, or has none now
+        scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])
 
 
 def main(given):
@@ -622,7 +609,7 @@ def main(given):
                 warn(f"from here on {name}={given[name]!r}, not {before[name]!r}")
         if checkpoint["meta"] != meta:
             warn(f"data/{dataset} is not what the run has read so far: it goes on with other data")
-        restore(model, optimizers, scaler, checkpoint)
+        restore(optimizers, scaler, checkpoint)
     groups = [group for opt in optimizers for group in opt.param_groups]
     peaks = [group["lr"] for group in groups]  # of the learning rates, before the schedule moves them
     del checkpoint  # give its memory back
@@ -744,7 +731,7 @@ def main(given):
                 }
                 if improved:  # best.pt needs no optimizer
                     write_or_warn(run / "best.pt", serialize(state))
-                state["optimizer"] = optimizer_states(model, optimizers)
+                state["optimizer"] = [opt.state_dict() for opt in optimizers]
                 state["scaler"] = scaler.state_dict()
                 saved = write_or_warn(run / "ckpt.pt", serialize(state))
         if step >= last_step or stopping or eval_only:
