@@ -355,6 +355,7 @@ AT_LEAST_1 = (
     "gradient_accumulation_steps",
     "batch_size",
     "stride",
+    "max_epochs",
     "patience",
     "dist_timeout",
 )
@@ -367,8 +368,8 @@ BELOW = {
     "gradient_accumulation_steps": 1_000_000,
 }
 
-# settings that come with the weights of a checkpoint, and cannot change under them
-ARCHITECTURE = {
+# settings that cannot change under the weights of a checkpoint, or under the state of its optimizer
+FIXED = {
     "block_size",
     "n_layer",
     "n_head",
@@ -379,6 +380,7 @@ ARCHITECTURE = {
     "activation",
     "position",
     "qk_norm",
+    "optimizer",
 }
 # settings that follow another where they are None, and do so again where a resumed run is given the other
 FOLLOWS = {
@@ -389,24 +391,27 @@ FOLLOWS = {
 }
 # what the optimizers keep of each parameter
 STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
-# what the best validation loss belongs to, besides the data
-MEASURED_BY = ("eval_iters", "batch_size", "dtype")
+# what a run goes on from, besides its weights
+RESUMED = {"optimizer", "scaler", "step", "tokens", "seconds", "config", "meta"}
 
 
 def check_settings(given):
-    """Raises UserError where the settings cannot work, before anything is begun."""
-    for name in read_settings(globals()):
-        value, least, limit = globals()[name], int(name in AT_LEAST_1), BELOW.get(name, math.inf)
+    """All settings of the run, {name: value}. Raises UserError where they cannot work."""
+    config = {name: globals()[name] for name in read_settings(globals())}
+    for name, value in config.items():
+        least, limit = int(name in AT_LEAST_1), BELOW.get(name, math.inf)
         if isinstance(value, int | float) and not least <= value < limit:
             raise UserError(f"{name} must be at least {least} and less than {limit}, not {value}")
-    if "max_iters" in given and max_epochs is not None:
+    if "max_iters" in given and max_epochs:
         raise UserError(f"max_iters or {max_epochs=}? The former needs --max_epochs=None")
-    if stride is not None and data_order != "epoch":
+    if stride and data_order != "epoch":
         raise UserError("stride has a meaning with --data_order=epoch alone")
-    if not 0 <= rank < world_size:
-        raise UserError(f"{rank=} of {world_size=} processes: start them by torchrun, which sets both")
-    if gradient_accumulation_steps % world_size != 0:
-        raise UserError(f"{gradient_accumulation_steps=} must be a multiple of the {world_size} processes")
+    if not 0 <= rank < world_size or gradient_accumulation_steps % world_size > 0:
+        raise UserError(
+            f"{rank=} of {world_size=} processes, as torchrun sets them: "
+            f"{gradient_accumulation_steps=} must be a multiple of their number"
+        )
+    return config
 
 
 def load_start(run, given):
@@ -416,45 +421,44 @@ def load_start(run, given):
     Raises UserError where a setting that is given does not fit the checkpoint.
     """
     path = run / "ckpt.pt"
-    resume = init_from == "resume" or (init_from == "auto" and path.exists())
-    begun = path.exists() or (run / "best.pt").exists()
-    if begun and not resume and not eval_only:
+    resume = path.exists() if init_from == "auto" else init_from == "resume"
+    if any(run.glob("*.pt")) and not resume and not eval_only:
         raise UserError(f"{run} holds a run: add --init_from=resume, choose another --out_dir, or delete it")
     if not resume and init_from in ("scratch", "auto"):
         return None, None, False
-    weights = str(path) if resume else weights_path(init_from)
+    weights = path if resume else weights_path(init_from)
     checkpoint = load_checkpoint(weights)
-    saved = checkpoint["model_args"]
     known = read_settings(globals())
-    taken, fixed = ARCHITECTURE, ARCHITECTURE
+    saved, taken = checkpoint["model_args"], FIXED
     if resume:
-        if not {"optimizer", "scaler", "step", "tokens", "seconds", "config", "meta"} <= checkpoint.keys():
+        if not RESUMED <= checkpoint.keys():
             raise UserError(f"{path} is no run to resume; take its weights by --init_from={path}")
         saved = checkpoint["config"] | saved
         taken = known.keys() - {"out_dir", "init_from"}
-        fixed = ARCHITECTURE | {"optimizer"}  # which has a state
-    for name in sorted(given.keys() & saved.keys() & fixed):
-        shorter_context = name == "block_size" and not resume and given[name] < saved[name]
-        if given[name] != saved[name] and not shorter_context:
+    changed = {name for name in given.keys() & saved.keys() & taken if given[name] != saved[name]}
+    for name in sorted(changed):
+        # weights alone may go on with a shorter context
+        shorter = name == "block_size" and not resume and given[name] < saved[name]
+        if name in FIXED and not shorter:
             raise UserError(f"{name}={given[name]!r}, but the checkpoint has {name}={saved[name]!r}")
+        warn(f"from here on {name}={given[name]!r}, not {saved[name]!r}")
     for name in saved.keys() & taken - given.keys():
-        followed = FOLLOWS.get(name)
-        if followed not in given or given[followed] == saved.get(followed):
+        if FOLLOWS.get(name) not in changed:
             globals().update(override(name, saved[name], known))
     return checkpoint, weights, resume
 
 
-def loss_to_beat(run, meta):
-    """The validation loss of best.pt, where it was measured on this data in this way; else infinity."""
+def best_so_far(run, meta):
+    """Validation loss and step of best.pt, where measured on this data in this way; else infinity and 0."""
     path = run / "best.pt"
     if not path.exists():
-        return math.inf
-    best = load_checkpoint(str(path))
-    config = best.get("config", {})
-    if best.get("meta") == meta and all(config.get(name) == globals()[name] for name in MEASURED_BY):
-        return best.get("best_val_loss", math.inf)
+        return math.inf, 0
+    best = load_checkpoint(path)
+    measured = {"eval_iters": eval_iters, "batch_size": batch_size, "dtype": dtype}
+    if best.get("meta") == meta and measured.items() <= best.get("config", {}).items():
+        return best["best_val_loss"], best["step"]
     warn(f"{path} was measured on other data or in another way: the next evaluation replaces it")
-    return math.inf
+    return math.inf, 0
 
 
 stop_requested = 0.0  # when the first signal came, by time.monotonic(); 0 while none has
@@ -560,8 +564,7 @@ def main(given):
     speak_utf8()
     run = Path(out_dir)
     checkpoint, weights, resume = load_start(run, given)
-    check_settings(given)
-    config = {name: globals()[name] for name in read_settings(globals())}
+    config = check_settings(given)
     # rank 0 reads the IDs for all
     train_data, val_data, meta, tokenizer = load_dataset(
         dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"], rank == 0
@@ -598,15 +601,10 @@ def main(given):
         (beta1, beta2),
         muon_learning_rate if optimizer == "muon" else None,
     )
-    step, tokens, seconds, best_val_loss, waited = 0, 0, 0.0, math.inf, 0
+    step, tokens, seconds, best_val_loss, best_step = 0, 0, 0.0, math.inf, 0
     if resume:
         step, tokens, seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
-        waited = checkpoint.get("evaluations_since_best", 0)
-        best_val_loss = loss_to_beat(run, meta)
-        before = checkpoint["config"]
-        for name in sorted(given.keys() & before.keys() - {"init_from", "out_dir"}):
-            if given[name] != before[name]:
-                warn(f"from here on {name}={given[name]!r}, not {before[name]!r}")
+        best_val_loss, best_step = best_so_far(run, meta)
         if checkpoint["meta"] != meta:
             warn(f"data/{dataset} is not what the run has read so far: it goes on with other data")
         restore(optimizers, scaler, checkpoint)
@@ -632,7 +630,7 @@ def main(given):
     steps_per_epoch = count_windows(len(train_data), block_size, window_stride) // rows
     if steps_per_epoch == 0 and (data_order == "epoch" or max_epochs):
         raise UserError(f"a step of {rows} windows is more than data/{dataset}/train.bin holds")
-    last_step = max_iters if max_epochs is None else max_epochs * steps_per_epoch
+    last_step = max_epochs * steps_per_epoch if max_epochs else max_iters
     decay_step = value_or(lr_decay_iters, last_step)
     lowest_lr = value_or(min_lr, 0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10)
 
@@ -672,8 +670,7 @@ def main(given):
 
     # -- the loop: evaluate, save, step, log
     stopping = False
-    first_step = logged_step = step
-    logged_seconds = seconds
+    logged_tokens, logged_seconds = tokens, seconds
     flops_per_token = model.flops_per_token()
     saved = True  # whether the last checkpoint was written
     while True:
@@ -694,10 +691,8 @@ def main(given):
             stop_if_not_finite(train_loss + val_loss, f"step {step}: {losses}")
             improved = val_loss < best_val_loss
             if improved:
-                best_val_loss, waited = val_loss, 0
-            elif step > first_step:  # a resumed run has counted this one already
-                waited += 1
-            if patience is not None and waited >= patience:
+                best_val_loss, best_step = val_loss, step
+            if patience and step - best_step >= patience * eval_interval:
                 print0("patience is at its end: no better validation loss for so many evaluations")
                 last_step = step
             if metrics:
@@ -727,7 +722,6 @@ def main(given):
                     "tokens": tokens,
                     "seconds": seconds,
                     "best_val_loss": best_val_loss,
-                    "evaluations_since_best": waited,
                 }
                 if improved:  # best.pt needs no optimizer
                     write_or_warn(run / "best.pt", serialize(state))
@@ -778,7 +772,7 @@ def main(given):
         seconds += time.perf_counter() - started
         if logs:
             norm = grad_norm.item()
-            speed = (step - logged_step) * rows * block_size / (seconds - logged_seconds)  # tokens a second
+            speed = (tokens - logged_tokens) / (seconds - logged_seconds)  # tokens a second
             stop_if_not_finite(mean_loss, f"iter {step - 1}: loss {mean_loss}, gradient norm {norm}")
             print0(
                 f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, "
@@ -794,7 +788,7 @@ def main(given):
                     tokens_per_second=speed,
                     seconds=seconds,
                 )
-            logged_step, logged_seconds = step, seconds
+            logged_tokens, logged_seconds = tokens, seconds
 
     # -- the end
     if not saved:
