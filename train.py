@@ -121,9 +121,9 @@ from prepare import (
 
 # which of the processes this one is, as torchrun says: of all, and of this machine's
 try:
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.getenv("RANK", 0))
+    local_rank = int(os.getenv("LOCAL_RANK", 0))
+    world_size = int(os.getenv("WORLD_SIZE", 1))
 except ValueError as error:
     sys.exit(f"train.py: RANK, LOCAL_RANK or WORLD_SIZE, which torchrun sets: {error}")
 
@@ -193,12 +193,10 @@ def get_lr(step, peak, lowest, warmup_iters, decay_iters, schedule="cosine"):
         return peak * (step + 1) / (warmup_iters + 1)
     if schedule == "constant":
         return peak
-    if step >= decay_iters:
-        return lowest
     start = warmup_iters  # of the decay
     if schedule == "wsd":
         start = max(start, decay_iters * 2 // 3)
-    height = min(1.0, (decay_iters - step) / (decay_iters - start))  # 1 at first, 0 at decay_iters
+    height = float(np.interp(step, [start, decay_iters], [1, 0]))  # 1 until the start, 0 from decay_iters on
     if schedule == "cosine":
         height = 0.5 * (1 - math.cos(math.pi * height))
     return lowest + height * (peak - lowest)
@@ -221,8 +219,8 @@ def evaluate(model, data, device, autocast):
     # whole batches, for another shape would be compiled anew: windows behind the end, where no target counts
     starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
     loss_sum, count = 0.0, 0
-    for i in range(rank * batch_size, len(starts), world_size * batch_size):
-        x, y = get_batch(data, starts[i : i + batch_size], block_size, device)
+    for batch in starts.reshape(-1, batch_size)[rank::world_size]:  # this process's share
+        x, y = get_batch(data, batch, block_size, device)
         with autocast:
             loss = model(x, y)[1]
         predicted = (y >= 0).sum().item()
@@ -258,20 +256,15 @@ def print0(line):
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def write_or_warn(path, content):
-    """True where a file could be written. Training goes on where not, because space may be freed."""
+def save_or_warn(path, state):
+    """True where a checkpoint could be written. Training goes on where not, because space may be freed."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     try:
-        write_file(path, content)
+        write_file(path, buffer.getbuffer())
         return True
     except OSError as error:
         warn(f"{path} not written, what was there stays: {error.strerror}")
-
-
-def serialize(state):
-    """What torch.save would write into a file, in memory."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
 
 
 class Metrics:
@@ -293,13 +286,12 @@ class Metrics:
             self.board = SummaryWriter(run, purge_step=step)
         old = self.path.read_bytes() if self.path.is_file() else b""
         for text in old.splitlines():
-            # a line that a kill cut short, or another's
-            with suppress(AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            with suppress(Exception):  # a line that a kill cut short, or another's
                 line = json.loads(text)
+                np.array(list(line.values()), float)  # which fails where one is no number
                 # an evaluation of that very step stays too, where it is not one that is made again
                 stays = "val_loss" in line and step % eval_interval > 0
-                numbers = all(isinstance(value, int | float | None) for value in line.values())
-                if numbers and 0 <= line["step"] < step + stays:
+                if 0 <= line["step"] < step + stays:
                     self.lines.append(line)
 
     def write_all(self):
@@ -327,20 +319,15 @@ class Metrics:
         try:
             from matplotlib.figure import Figure
 
-            figure = Figure(layout="constrained")
-            axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+            axes = Figure(layout="constrained").add_subplot(xlabel="step", ylabel="loss (nats per token)")
             for key in ("loss", "train_loss", "val_loss"):  # of training batches, and of the two splits
                 losses = {line["step"]: line[key] for line in self.lines if key in line}
                 axes.plot(losses.keys(), losses.values(), label=key)
-            evaluations = [line for line in self.lines if "val_loss" in line]
-            best = min(evaluations, key=lambda line: line["val_loss"])
-            label = f"best: {best['val_loss']:.4f}"
-            if best.get("val_bpb"):
-                label += f", {best['val_bpb']:.4f} bits per byte"
-            axes.plot(best["step"], best["val_loss"], "k*", label=label)
+            best = min(losses, key=losses.get)  # of the last of the three
+            axes.plot(best, losses[best], "k*", label=f"best: {losses[best]:.4f}")
             axes.legend()
             picture = io.BytesIO()
-            figure.savefig(picture)  # a PNG
+            axes.figure.savefig(picture)  # a PNG
             write_file(self.path.with_name("loss.png"), picture.getvalue())
         except Exception as error:  # no matplotlib, no space, no font: a picture ends no run
             warn(f"loss.png is not drawn: {error}")
@@ -480,7 +467,7 @@ def resume_command():
     """What to type to go on with this run; on several machines, with torchrun's other flags as before."""
     launch = "python"
     if world_size > 1:
-        launch = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
+        launch = f"torchrun --nproc_per_node={os.getenv('LOCAL_WORLD_SIZE')}"
     return f"{launch} {shlex.join(['train.py', *sys.argv[1:], '--init_from=resume'])}"
 
 
@@ -488,27 +475,20 @@ def resume_command():
 
 
 def join_processes(device_type):
-    """Connect this process with the others of torchrun; returns its own device. Raises UserError."""
-    own_device, chosen = device_type, "gloo"
-    if device_type == "cuda":
-        own_device, chosen = f"cuda:{local_rank}", "nccl"
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"there is no {own_device}: start a process for each GPU at most")
-    if backend != "auto":
-        chosen = backend
-    try:
+    """Connect this process with the others of torchrun. Raises UserError."""
+    chosen = backend
+    if backend == "auto":
+        chosen = dist.get_default_backend_for_device(device_type)  # nccl for CUDA, gloo for CPUs
+    with user_error("several processes are started by torchrun"):  # its variables are not all set, or odd
         dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
-    except (OverflowError, RuntimeError, ValueError) as error:  # torchrun's variables are not all set, or odd
-        raise UserError(f"{error!s:.200}; several processes are started by torchrun") from None
-    return own_device
 
 
 def keep_freed_memory():
     """Tell glibc to keep memory that is freed, for the next step: page faults took 30% of a step on a CPU."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 32_000_000)  # M_MMAP_THRESHOLD, which may be 32 MiB at most
+        libc.mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
 
 
 def lost_a_process():
@@ -531,7 +511,7 @@ def build_model(checkpoint, config, vocab_size):
     if checkpoint:
         return GPT.from_checkpoint(checkpoint, **model_args)
     if vocab_size >= 1024:
-        vocab_size = math.ceil(vocab_size / 64) * 64  # multiplies faster on a GPU
+        vocab_size += -vocab_size % 64  # up to a multiple of 64, which multiplies faster on a GPU
     return GPT(GPTConfig(vocab_size=vocab_size, **model_args))
 
 
@@ -576,12 +556,13 @@ def main(given):
         )
 
     # -- the machine
-    if world_size > 1 and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)  # or each process would hold memory on the first GPU
-    use_device = pick_device(device)
+    use_device = device
+    if world_size > 1 and device != "cpu" and torch.cuda.is_available():
+        use_device = f"cuda:{local_rank}"  # a GPU for each process
+    use_device = pick_device(use_device)
     device_type = use_device.split(":")[0]
     if world_size > 1:
-        use_device = join_processes(device_type)
+        join_processes(device_type)
     use_dtype = pick_dtype(dtype, use_device, training=True)
     autocast = torch.autocast(device_type, getattr(torch, use_dtype), enabled=use_dtype != "float32")
     if device_type == "cuda":
@@ -608,8 +589,6 @@ def main(given):
         if checkpoint["meta"] != meta:
             warn(f"data/{dataset} is not what the run has read so far: it goes on with other data")
         restore(optimizers, scaler, checkpoint)
-    groups = [group for opt in optimizers for group in opt.param_groups]
-    peaks = [group["lr"] for group in groups]  # of the learning rates, before the schedule moves them
     del checkpoint  # give its memory back
     if sum_over_processes([step], use_device)[0] != step * world_size:
         raise UserError("not every machine finds the same checkpoint: all must share the folder out_dir")
@@ -635,24 +614,20 @@ def main(given):
     lowest_lr = value_or(min_lr, 0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10)
 
     # -- what comes out
-    token_bytes = None
-    if rank == 0 and ("val_bytes" in meta or sample_prompt != ""):  # else no vocabulary need be fetched
-        with suppress(UserError):  # GPT-2's, which is not there
-            token_bytes = bytes_per_token(meta, tokenizer, val_data)
-    prompt = []
-    if rank == 0 and sample_prompt != "":
+    prompt, token_bytes = [], None
+    if sample_prompt != "":
         prompt = tokenizer.encode(clean(sample_prompt or "")) or val_data[:8].tolist()
+    if prompt or "val_bytes" in meta:  # else no vocabulary need be fetched
+        token_bytes = bytes_per_token(meta, tokenizer, val_data)
     metrics = None
     if rank == 0 and not eval_only:
         metrics = Metrics(run, step)
         if resume and load_checkpoint(run / "ckpt.pt")["step"] != step:
             raise UserError(f"another process has gone on with {run} meanwhile: start again")
         metrics.write_all()  # a run that can write nothing ends here
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows has not
-    if signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
-        signal.signal(hangup, on_signal)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP, which Windows has not, SIGINT and SIGTERM
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets the first
+            signal.signal(number, on_signal)
     print0(
         f"{model.num_params():,} parameters on {use_device}, {use_dtype}\n"
         f"from step {step} to {last_step}, {rows * block_size:,} tokens a step, of {train_data.filename}"
@@ -660,9 +635,8 @@ def main(given):
     if warmup_iters >= last_step > 0:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
     if compiled is not model and not eval_only:  # now, so that the time of no step contains it
-        x, y = get_batch(train_data, np.zeros(batch_size, int), block_size, use_device)
         with autocast:
-            parallel(x, y)[1].backward()
+            parallel(*get_batch(train_data, np.zeros(batch_size, int), block_size, use_device))[1].backward()
         model.zero_grad(set_to_none=True)
     gc.freeze()  # what is there stays; and no collection stops a step
     gc.disable()
@@ -681,14 +655,16 @@ def main(given):
             gc.collect()
             train_loss = evaluate(compiled, train_data, use_device, autocast)
             val_loss = evaluate(compiled, val_data, use_device, autocast)
-            losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-            report = f"step {step}: {losses}, perplexity {math.exp(min(val_loss, 700)):.2f}"
+            report = (
+                f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
+                f"perplexity {math.exp(min(val_loss, 700)):.2f}"
+            )
             val_bpb = None  # bits per byte of text compare tokenizers, as nats per token do not
             if token_bytes:
                 val_bpb = val_loss / math.log(2) / token_bytes
                 report += f", {val_bpb:.4f} bits per byte"
             print0(report)
-            stop_if_not_finite(train_loss + val_loss, f"step {step}: {losses}")
+            stop_if_not_finite(train_loss + val_loss, report)
             improved = val_loss < best_val_loss
             if improved:
                 best_val_loss, best_step = val_loss, step
@@ -710,7 +686,7 @@ def main(given):
 
         # save, and never weights that are not finite
         if improved or stopping or (evaluates and always_save_checkpoint):
-            norm = torch.nn.utils.get_total_norm(model.parameters()).item()
+            norm = torch.nn.utils.get_total_norm(model.parameters())
             stop_if_not_finite(norm, f"step {step}: weights that are not finite")
             if metrics:
                 state = {
@@ -724,24 +700,25 @@ def main(given):
                     "best_val_loss": best_val_loss,
                 }
                 if improved:  # best.pt needs no optimizer
-                    write_or_warn(run / "best.pt", serialize(state))
+                    save_or_warn(run / "best.pt", state)
                 state["optimizer"] = [opt.state_dict() for opt in optimizers]
                 state["scaler"] = scaler.state_dict()
-                saved = write_or_warn(run / "ckpt.pt", serialize(state))
+                saved = save_or_warn(run / "ckpt.pt", state)
         if step >= last_step or stopping or eval_only:
             break
 
         # step: its learning rate, batch and dropout depend on the seed and its number alone
         started = time.perf_counter()
         lr = get_lr(step, learning_rate, lowest_lr, warmup_iters, decay_step, lr_schedule)
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * lr / (learning_rate or 1)  # Muon's follows the curve of AdamW's
+        for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate), strict=False):
+            for group in opt.param_groups:
+                group["lr"] = peak * lr / (learning_rate or 1)  # Muon's follows the curve of AdamW's
         # each process draws another dropout, and no random state has to be saved
         torch.manual_seed(np.random.default_rng((seed, step, rank)).integers(2**63))
         apart = window_stride if data_order == "epoch" else None  # None: a window may start anywhere
         starts = batch_starts(step, rows, len(train_data), block_size, seed, apart)
         micro_batches = starts.reshape(-1, batch_size)[rank::world_size]  # this process's share
-        loss_sum = torch.zeros((), device=use_device)
+        loss_sum = 0.0
         for i, micro_batch in enumerate(micro_batches):
             x, y = get_batch(train_data, micro_batch, block_size, use_device)
             if world_size > 1:
@@ -773,11 +750,12 @@ def main(given):
         if logs:
             norm = grad_norm.item()
             speed = (tokens - logged_tokens) / (seconds - logged_seconds)  # tokens a second
-            stop_if_not_finite(mean_loss, f"iter {step - 1}: loss {mean_loss}, gradient norm {norm}")
-            print0(
+            report = (
                 f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, "
                 f"{speed:,.0f} tokens/s, {speed * flops_per_token / 1e12:.3g} TFLOP/s"
             )
+            print0(report)
+            stop_if_not_finite(mean_loss, report)
             if metrics:
                 metrics.log(
                     step=step - 1,
