@@ -385,7 +385,7 @@ class GPT(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_learning_rate=None):
         """AdamW for all parameters; with muon_learning_rate, Muon for the matrices of the blocks instead.
 
-        AdamW decays matrices and embeddings, but neither biases nor LayerNorms. Each group has its param_names.
+        AdamW decays matrices and embeddings, but neither biases nor LayerNorms.
         """
         matrices, vectors, for_muon = [], [], []
         for name, p in self.named_parameters():
@@ -595,7 +595,7 @@ CHECKPOINT_FIELDS = {
     "tokens": int,
     "seconds": float,
     "best_val_loss": float,
-    "evaluations_since_best": int,
+    "measured_by": list,
     "optimizer": list,
     "scaler": dict,
 }

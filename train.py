@@ -39,11 +39,11 @@ resid_dropout: float | None = None  # of what attention and MLP add
 bias = True  # biases in Linear and LayerNorm, as GPT-2
 qkv_bias: bool | None = None  # None follows bias
 tie_weights = True  # the token embedding is the output layer too, as GPT-2
-activation: Literal["gelu", "gelu_erf", "relu", "relu2"] = "gelu"  # gelu is GPT-2's tanh form
-position: Literal["learned", "rope"] = "learned"  # position embeddings, as GPT-2, or rotated queries and keys
+activation = "gelu"  # GPT-2's tanh form; or gelu_erf, relu, relu2
+position = "learned"  # position embeddings, as GPT-2; or rope, rotated queries and keys
 qk_norm = False  # scale queries and keys to unit root mean square
 flash = True  # fused attention; False spells the same attention out
-init: Literal["gpt2", "zero", "torch"] = "gpt2"  # zero: as gpt2, residual projections 0; torch: PyTorch's own
+init = "gpt2"  # or zero: as gpt2, residual projections 0; or torch: PyTorch's own
 # optimizer
 optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks; AdamW for the rest
 learning_rate = 6e-4  # the peak, of AdamW
@@ -158,7 +158,7 @@ def shuffled(n, seed, epoch):
 def eval_starts(tokens, block_size, rows):
     """Starts of rows evenly spaced windows without overlap; if rows is 0, of so many that they take all."""
     if rows == 0:
-        return np.arange(count_windows(tokens, block_size, block_size)) * block_size
+        return np.arange(0, tokens - 1, block_size)
     n = (tokens - 1) // block_size
     return np.linspace(0, n - 1, min(rows, n)).round().astype(int) * block_size
 
@@ -176,7 +176,7 @@ def get_batch(data, starts, block_size, device):
     batch = torch.from_numpy(windows)
     if device.startswith("cuda"):
         batch = batch.pin_memory()  # then the copy does not wait for the GPU, which is still at work
-    batch = batch.to(device, non_blocking=True)
+    batch = batch.to(device, non_blocking=True)  # (B, T + 1)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
 
 
@@ -214,7 +214,6 @@ def sum_over_processes(numbers, device):
 @torch.no_grad()
 def evaluate(model, data, device, autocast):
     """Mean loss over eval_iters batches of a split, shared out over the processes; all get the same."""
-    model.eval()  # no dropout
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
     # whole batches, for another shape would be compiled anew: windows behind the end, where no target counts
     starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
@@ -226,19 +225,8 @@ def evaluate(model, data, device, autocast):
         predicted = (y >= 0).sum().item()
         loss_sum += loss.item() * predicted
         count += predicted
-    model.train()
     loss_sum, count = sum_over_processes([loss_sum, count], device)
     return loss_sum / count
-
-
-def sample_text(model, tokenizer, prompt, device):
-    """A prompt and 100 tokens more, the same draws at each evaluation, in float32."""
-    model.eval()
-    torch.manual_seed(seed)  # every step seeds anew, so that this changes none
-    idx = torch.tensor([prompt], device=device)  # (1, T)
-    idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
-    model.train()
-    return tokenizer.decode(idx[0].tolist())
 
 
 def warn(message):
@@ -276,7 +264,6 @@ class Metrics:
         Raises UserError where another process is at work in the folder.
         """
         self.path, self.lines, self.board = run / "metrics.jsonl", [], None
-        self.complete = False  # whether the file holds these lines and no others
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         run.mkdir(parents=True, exist_ok=True)
@@ -284,8 +271,9 @@ class Metrics:
         self.alone.enter_context(lock(run))  # until the process ends
         if tensorboard:
             self.board = SummaryWriter(run, purge_step=step)
-        old = self.path.read_bytes() if self.path.is_file() else b""
-        for text in old.splitlines():
+        if not self.path.is_file():
+            return
+        for text in self.path.read_bytes().splitlines():
             with suppress(Exception):  # a line that a kill cut short, or another's
                 line = json.loads(text)
                 np.array(list(line.values()), float)  # which fails where one is no number
@@ -653,6 +641,7 @@ def main(given):
         evaluates = step % eval_interval == 0 or step >= last_step or eval_only
         if evaluates and not stopping:
             gc.collect()
+            compiled.eval()  # no dropout
             train_loss = evaluate(compiled, train_data, use_device, autocast)
             val_loss = evaluate(compiled, val_data, use_device, autocast)
             report = (
@@ -681,8 +670,12 @@ def main(given):
                     seconds=seconds,
                 )
                 metrics.plot()
-            if prompt:
-                print0(sample_text(model, tokenizer, prompt, use_device))
+            if prompt:  # and 100 tokens more, in float32
+                torch.manual_seed(seed)  # the same draws each time; a step seeds anew, so this changes none
+                idx = torch.tensor([prompt], device=use_device)  # (1, T)
+                idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
+                print0(tokenizer.decode(idx[0].tolist()))
+            compiled.train()
 
         # save, and never weights that are not finite
         if improved or stopping or (evaluates and always_save_checkpoint):
