@@ -75,7 +75,6 @@ if __name__ == "__main__":
     given = configure(globals())
 
 import ctypes
-import functools
 import gc
 import io
 import json
@@ -84,15 +83,16 @@ import os
 import shlex
 import sys
 import time
-from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from contextlib import suppress
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 from model import (
@@ -124,8 +124,8 @@ try:
     rank = int(os.getenv("RANK", 0))
     local_rank = int(os.getenv("LOCAL_RANK", 0))
     world_size = int(os.getenv("WORLD_SIZE", 1))
-except ValueError as error:
-    sys.exit(f"train.py: RANK, LOCAL_RANK or WORLD_SIZE, which torchrun sets: {error}")
+except ValueError:
+    sys.exit("train.py: RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets, must be whole numbers")
 
 # -- data ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ def batch_starts(step, rows, tokens, block_size, seed, stride=None):
     return shuffled(n, seed, epoch)[batch * rows : (batch + 1) * rows] * stride
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def shuffled(n, seed, epoch):
     """The order of an epoch's n windows, kept from step to step."""
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -174,7 +174,7 @@ def get_batch(data, starts, block_size, device):
     windows = np.take(data, places, mode="clip").astype(np.int64)
     windows[places >= len(data)] = -1
     batch = torch.from_numpy(windows)
-    if device.startswith("cuda"):
+    if device == "cuda":
         batch = batch.pin_memory()  # then the copy does not wait for the GPU, which is still at work
     batch = batch.to(device, non_blocking=True)  # (B, T + 1)
     return batch[:, :-1].clamp(min=0), batch[:, 1:]
@@ -267,36 +267,29 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         run.mkdir(parents=True, exist_ok=True)
-        self.alone = ExitStack()
-        self.alone.enter_context(lock(run))  # until the process ends
+        self.alone = lock(run)
+        self.alone.__enter__()  # until the process ends
         if tensorboard:
             self.board = SummaryWriter(run, purge_step=step)
-        if not self.path.is_file():
-            return
-        for text in self.path.read_bytes().splitlines():
+        old = self.path.read_bytes() if self.path.is_file() else b""
+        for text in old.splitlines():
             with suppress(Exception):  # a line that a kill cut short, or another's
                 line = json.loads(text)
-                np.array(list(line.values()), float)  # which fails where one is no number
+                np.array([*line.values()], float)  # which fails where one is no number
                 # an evaluation of that very step stays too, where it is not one that is made again
-                stays = "val_loss" in line and step % eval_interval > 0
-                if 0 <= line["step"] < step + stays:
+                if 0 <= line["step"] < step + ("val_loss" in line and step % eval_interval > 0):
                     self.lines.append(line)
 
     def write_all(self):
         """Raises OSError."""
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
-        self.complete = True
 
     def log(self, **line):
         self.lines.append(line)
         try:
-            if self.complete and self.path.exists():
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            else:  # half a line may stand at its end
-                self.write_all()
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
         except OSError as error:
-            self.complete = False
             warn(f"metrics.jsonl is not written, what it lacks will follow: {error.strerror}")
         for name, value in line.items():
             if self.board and value is not None:
@@ -305,6 +298,7 @@ class Metrics:
     def plot(self):
         """Draw loss.png, the losses against steps, with the best validation loss marked."""
         try:
+            self.write_all()  # what could not be appended, or half a line, is made good
             from matplotlib.figure import Figure
 
             axes = Figure(layout="constrained").add_subplot(xlabel="step", ylabel="loss (nats per token)")
@@ -323,6 +317,7 @@ class Metrics:
 
 # -- settings and signals ------------------------------------------------------------------------------------
 
+SETTINGS = read_settings(globals())  # {name: (type, comment)}
 # numbers must be at least 0, and these at least 1
 AT_LEAST_1 = (
     "eval_interval",
@@ -366,13 +361,11 @@ FOLLOWS = {
 }
 # what the optimizers keep of each parameter
 STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
-# what a run goes on from, besides its weights
-RESUMED = {"optimizer", "scaler", "step", "tokens", "seconds", "config", "meta"}
 
 
 def check_settings(given):
     """All settings of the run, {name: value}. Raises UserError where they cannot work."""
-    config = {name: globals()[name] for name in read_settings(globals())}
+    config = {name: globals()[name] for name in SETTINGS}
     for name, value in config.items():
         least, limit = int(name in AT_LEAST_1), BELOW.get(name, math.inf)
         if isinstance(value, int | float) and not least <= value < limit:
@@ -403,36 +396,31 @@ def load_start(run, given):
         return None, None, False
     weights = path if resume else weights_path(init_from)
     checkpoint = load_checkpoint(weights)
-    known = read_settings(globals())
     saved, taken = checkpoint["model_args"], FIXED
     if resume:
-        if not RESUMED <= checkpoint.keys():
-            raise UserError(f"{path} is no run to resume; take its weights by --init_from={path}")
-        saved = checkpoint["config"] | saved
-        taken = known.keys() - {"out_dir", "init_from"}
-    changed = {name for name in given.keys() & saved.keys() & taken if given[name] != saved[name]}
-    for name in sorted(changed):
-        # weights alone may go on with a shorter context
-        shorter = name == "block_size" and not resume and given[name] < saved[name]
-        if name in FIXED and not shorter:
-            raise UserError(f"{name}={given[name]!r}, but the checkpoint has {name}={saved[name]!r}")
-        warn(f"from here on {name}={given[name]!r}, not {saved[name]!r}")
-    for name in saved.keys() & taken - given.keys():
-        if FOLLOWS.get(name) not in changed:
-            globals().update(override(name, saved[name], known))
+        saved = checkpoint.get("config", {}) | saved
+        taken = SETTINGS.keys() - {"out_dir", "init_from"}
+    for name in sorted(saved.keys() & taken):
+        old, new = saved[name], given.get(name, saved[name])
+        if new != old:
+            # weights alone may go on with a shorter context
+            if name in FIXED and (resume or name != "block_size" or new > old):
+                raise UserError(f"{name}={new!r}, but the checkpoint has {name}={old!r}")
+            warn(f"from here on {name}={new!r}, not {old!r}")
+        leader = FOLLOWS.get(name, name)
+        if leader not in given or given[leader] == saved.get(leader):
+            globals().update(override(name, new, SETTINGS))
     return checkpoint, weights, resume
 
 
-def best_so_far(run, meta):
+def best_so_far(run, measured_by):
     """Validation loss and step of best.pt, where measured on this data in this way; else infinity and 0."""
     path = run / "best.pt"
-    if not path.exists():
-        return math.inf, 0
-    best = load_checkpoint(path)
-    measured = {"eval_iters": eval_iters, "batch_size": batch_size, "dtype": dtype}
-    if best.get("meta") == meta and measured.items() <= best.get("config", {}).items():
-        return best["best_val_loss"], best["step"]
-    warn(f"{path} was measured on other data or in another way: the next evaluation replaces it")
+    if path.exists():
+        best = load_checkpoint(path)
+        if best.get("measured_by") == measured_by:
+            return best["best_val_loss"], best["step"]
+        warn(f"{path} was measured on other data or in another way: the next evaluation replaces it")
     return math.inf, 0
 
 
@@ -444,49 +432,37 @@ def on_signal(number, _frame):
     global stop_requested
     if not stop_requested:
         stop_requested = time.monotonic()
-        if rank == 0:
-            with suppress(OSError):  # os.write, for the signal may have come in the middle of a print
-                os.write(2, b"\ntrain.py: saves and ends as soon as this step or evaluation is done\n")
+        warn("saves and ends as soon as this step or evaluation is done")
     elif time.monotonic() > stop_requested + 1:  # torchrun sends a terminal's Ctrl-C a second time, sooner
         raise SystemExit(128 + number)
-
-
-def resume_command():
-    """What to type to go on with this run; on several machines, with torchrun's other flags as before."""
-    launch = "python"
-    if world_size > 1:
-        launch = f"torchrun --nproc_per_node={os.getenv('LOCAL_WORLD_SIZE')}"
-    return f"{launch} {shlex.join(['train.py', *sys.argv[1:], '--init_from=resume'])}"
 
 
 # -- the machine ---------------------------------------------------------------------------------------------
 
 
-def join_processes(device_type):
-    """Connect this process with the others of torchrun. Raises UserError."""
-    chosen = backend
-    if backend == "auto":
-        chosen = dist.get_default_backend_for_device(device_type)  # nccl for CUDA, gloo for CPUs
-    with user_error("several processes are started by torchrun"):  # its variables are not all set, or odd
-        dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
-
-
-def keep_freed_memory():
-    """Tell glibc to keep memory that is freed, for the next step: page faults took 30% of a step on a CPU."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32_000_000)  # M_MMAP_THRESHOLD, which may be 32 MiB at most
-        libc.mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
-
-
-def lost_a_process():
-    """Whether another process of torchrun is gone: then the processes cannot meet at a barrier."""
-    try:
-        if dist.is_initialized():
-            dist.barrier()
-        return False
-    except RuntimeError:
-        return True
+def start_machine():
+    """Meet the other processes of torchrun, if any; returns this one's device and dtype. Raises UserError."""
+    use_device = device
+    if world_size > 1 and device != "cpu" and torch.cuda.is_available():
+        use_device = f"cuda:{local_rank}"  # a GPU for each process
+    use_device = torch.device(pick_device(use_device)).type  # of GPUs the one that is now the current one
+    if world_size > 1:
+        default = dist.get_default_backend_for_device(use_device)  # nccl for CUDA, gloo for CPUs
+        chosen = default if backend == "auto" else backend
+        with user_error("several processes are started by torchrun"):  # its variables are not all set, or odd
+            dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
+    use_dtype = pick_dtype(dtype, use_device, training=True)
+    if use_device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+    else:
+        # this switch governs the CPU too, where the backward pass of fused attention is slow in bfloat16
+        torch.backends.cuda.enable_flash_sdp(use_dtype == "float32")
+        if sys.platform == "linux":
+            # glibc keeps memory that is freed, for the next step: page faults took 30% of a step
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 32_000_000)  # M_MMAP_THRESHOLD, which may be 32 MiB at most
+            libc.mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
+    return use_device, use_dtype
 
 
 # -- the run -------------------------------------------------------------------------------------------------
@@ -495,7 +471,7 @@ def lost_a_process():
 def build_model(checkpoint, config, vocab_size):
     """The model of a checkpoint, or a new one of the settings for the dataset's vocabulary."""
     torch.manual_seed(seed)
-    model_args = {name: config[name] for name in asdict(GPTConfig()) if name in config}
+    model_args = {name: config[name] for name in vars(GPTConfig()) if name in config}
     if checkpoint:
         return GPT.from_checkpoint(checkpoint, **model_args)
     if vocab_size >= 1024:
@@ -503,13 +479,26 @@ def build_model(checkpoint, config, vocab_size):
     return GPT(GPTConfig(vocab_size=vocab_size, **model_args))
 
 
+def compiled_or_not(model, use_device):
+    """The model compiled, where that is wanted and works. Raises ModelError where it must and does not."""
+    if compile is True or (compile == "auto" and use_device == "cuda"):
+        try:
+            check_compiler(use_device)
+            return torch.compile(model)
+        except ModelError as error:
+            if compile is True:
+                raise
+            warn(f"training uncompiled: {error}")
+    return model
+
+
 def restore(optimizers, scaler, checkpoint):
-    """Take over the state of a run's optimizers, by the names of the parameters.
+    """Take over the state of a run's optimizers, by the names of the parameters, and return how far it is.
 
     By name, for their places change when two lines of the model do. Fused optimizers trust the sizes, so each
     tensor must have its parameter's, and gets memory of its own. Raises UserError.
     """
-    with user_error("the optimizer's state in the checkpoint is damaged"):
+    with user_error(f"{out_dir}/ckpt.pt is no run to resume, or its optimizer's state is damaged"):
         for opt, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
             for group, old in zip(opt.param_groups, saved["param_groups"], strict=True):
                 places = dict(zip(old["param_names"], old["params"], strict=True))
@@ -517,13 +506,14 @@ def restore(optimizers, scaler, checkpoint):
                     state = saved["state"].get(places[name])
                     if not state:  # before the first step there is none
                         continue
-                    for key in STATE[type(opt)]:
-                        shape = () if key == "step" else p.shape
+                    for key in STATE.get(type(opt), state):
+                        shape = () if key in ("step", "mu_product") else p.shape
                         if state[key].shape != shape:
                             raise ValueError(f"{key} of {name} has another shape")
                         opt.state[p][key] = p.new_empty(shape).copy_(state[key])
         # a run in another precision had none, or has none now
         scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])
+        return checkpoint["meta"], checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
 
 
 def main(given):
@@ -544,62 +534,37 @@ def main(given):
         )
 
     # -- the machine
-    use_device = device
-    if world_size > 1 and device != "cpu" and torch.cuda.is_available():
-        use_device = f"cuda:{local_rank}"  # a GPU for each process
-    use_device = pick_device(use_device)
-    device_type = use_device.split(":")[0]
-    if world_size > 1:
-        join_processes(device_type)
-    use_dtype = pick_dtype(dtype, use_device, training=True)
-    autocast = torch.autocast(device_type, getattr(torch, use_dtype), enabled=use_dtype != "float32")
-    if device_type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
-    if device_type == "cpu":
-        keep_freed_memory()
-        # this switch governs the CPU too, where the backward pass of fused attention is slow in bfloat16
-        torch.backends.cuda.enable_flash_sdp(use_dtype == "float32")
+    use_device, use_dtype = start_machine()
+    autocast = torch.autocast(use_device, getattr(torch, use_dtype), enabled=use_dtype != "float32")
     # in float16 small gradients would vanish: the loss is scaled up, the gradients down again
-    scaler = torch.amp.GradScaler(device_type, enabled=use_dtype == "float16")
+    scaler = torch.amp.GradScaler(use_device, enabled=use_dtype == "float16")
 
     # -- the model and its optimizers
     model = build_model(checkpoint, config, tokenizer.vocab_size).to(use_device).train()
-    optimizers = model.configure_optimizers(
-        weight_decay,
-        learning_rate,
-        (beta1, beta2),
-        muon_learning_rate if optimizer == "muon" else None,
-    )
+    for_muon = muon_learning_rate if optimizer == "muon" else None
+    optimizers = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), for_muon)
+    measured_by = [meta, eval_iters, batch_size, dtype]  # what a validation loss belongs to
     step, tokens, seconds, best_val_loss, best_step = 0, 0, 0.0, math.inf, 0
     if resume:
-        step, tokens, seconds = checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
-        best_val_loss, best_step = best_so_far(run, meta)
-        if checkpoint["meta"] != meta:
-            warn(f"data/{dataset} is not what the run has read so far: it goes on with other data")
-        restore(optimizers, scaler, checkpoint)
+        old_meta, step, tokens, seconds = restore(optimizers, scaler, checkpoint)
+        if old_meta != meta:
+            warn("the dataset is not what the run has read so far: it goes on with other data")
+        best_val_loss, best_step = best_so_far(run, measured_by)
     del checkpoint  # give its memory back
     if sum_over_processes([step], use_device)[0] != step * world_size:
         raise UserError("not every machine finds the same checkpoint: all must share the folder out_dir")
-    compiled = model
-    if compile is True or (compile == "auto" and device_type == "cuda"):
-        try:
-            check_compiler(use_device)
-            compiled = torch.compile(model)
-        except ModelError as error:
-            if compile is True:
-                raise
-            warn(f"training uncompiled: {error}")
+    compiled = compiled_or_not(model, use_device)
     parallel = DistributedDataParallel(compiled) if world_size > 1 else compiled
 
     # -- batches and schedule
     rows = gradient_accumulation_steps * batch_size  # windows a step, of all processes together
     window_stride = stride or block_size
     steps_per_epoch = count_windows(len(train_data), block_size, window_stride) // rows
-    if steps_per_epoch == 0 and (data_order == "epoch" or max_epochs):
+    if not steps_per_epoch and (data_order == "epoch" or max_epochs):
         raise UserError(f"a step of {rows} windows is more than data/{dataset}/train.bin holds")
     last_step = max_epochs * steps_per_epoch if max_epochs else max_iters
-    decay_step = value_or(lr_decay_iters, last_step)
-    lowest_lr = value_or(min_lr, 0.0 if lr_schedule in ("linear", "wsd") else learning_rate / 10)
+    decay_iters = value_or(lr_decay_iters, last_step)
+    lowest_lr = value_or(min_lr, learning_rate / 10 if lr_schedule == "cosine" else 0.0)
 
     # -- what comes out
     prompt, token_bytes = [], None
@@ -611,7 +576,7 @@ def main(given):
     if rank == 0 and not eval_only:
         metrics = Metrics(run, step)
         if resume and load_checkpoint(run / "ckpt.pt")["step"] != step:
-            raise UserError(f"another process has gone on with {run} meanwhile: start again")
+            raise UserError("another process has gone on with this run meanwhile: start again")
         metrics.write_all()  # a run that can write nothing ends here
     for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP, which Windows has not, SIGINT and SIGTERM
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets the first
@@ -620,7 +585,7 @@ def main(given):
         f"{model.num_params():,} parameters on {use_device}, {use_dtype}\n"
         f"from step {step} to {last_step}, {rows * block_size:,} tokens a step, of {train_data.filename}"
     )
-    if warmup_iters >= last_step > 0:
+    if warmup_iters >= last_step:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
     if compiled is not model and not eval_only:  # now, so that the time of no step contains it
         with autocast:
@@ -634,12 +599,12 @@ def main(given):
     stopping = False
     logged_tokens, logged_seconds = tokens, seconds
     flops_per_token = model.flops_per_token()
-    saved = True  # whether the last checkpoint was written
     while True:
         # evaluate: at the start, every eval_interval steps and at the end, on the same windows every time
         improved = False
-        evaluates = step % eval_interval == 0 or step >= last_step or eval_only
-        if evaluates and not stopping:
+        ends = step >= last_step or stopping or eval_only
+        evaluates = (step % eval_interval == 0 or ends) and not stopping
+        if evaluates:
             gc.collect()
             compiled.eval()  # no dropout
             train_loss = evaluate(compiled, train_data, use_device, autocast)
@@ -659,7 +624,7 @@ def main(given):
                 best_val_loss, best_step = val_loss, step
             if patience and step - best_step >= patience * eval_interval:
                 print0("patience is at its end: no better validation loss for so many evaluations")
-                last_step = step
+                ends = True
             if metrics:
                 metrics.log(
                     step=step,
@@ -679,30 +644,33 @@ def main(given):
 
         # save, and never weights that are not finite
         if improved or stopping or (evaluates and always_save_checkpoint):
-            norm = torch.nn.utils.get_total_norm(model.parameters())
-            stop_if_not_finite(norm, f"step {step}: weights that are not finite")
+            stop_if_not_finite(get_total_norm(model.parameters()), f"step {step}: the weights are not finite")
             if metrics:
                 state = {
                     "model": model.state_dict(),
-                    "model_args": asdict(model.config),
+                    "model_args": vars(model.config),
                     "config": config,
                     "meta": meta,
                     "step": step,
                     "tokens": tokens,
                     "seconds": seconds,
                     "best_val_loss": best_val_loss,
+                    "measured_by": measured_by,
                 }
                 if improved:  # best.pt needs no optimizer
                     save_or_warn(run / "best.pt", state)
                 state["optimizer"] = [opt.state_dict() for opt in optimizers]
                 state["scaler"] = scaler.state_dict()
-                saved = save_or_warn(run / "ckpt.pt", state)
-        if step >= last_step or stopping or eval_only:
+                if stopping:
+                    metrics.plot()
+                if not save_or_warn(run / "ckpt.pt", state) and ends:
+                    raise UserError("the end of the run is lost, for ckpt.pt could not be written")
+        if ends:
             break
 
         # step: its learning rate, batch and dropout depend on the seed and its number alone
         started = time.perf_counter()
-        lr = get_lr(step, learning_rate, lowest_lr, warmup_iters, decay_step, lr_schedule)
+        lr = get_lr(step, learning_rate, lowest_lr, warmup_iters, decay_iters, lr_schedule)
         for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate), strict=False):
             for group in opt.param_groups:
                 group["lr"] = peak * lr / (learning_rate or 1)  # Muon's follows the curve of AdamW's
@@ -714,27 +682,25 @@ def main(given):
         loss_sum = 0.0
         for i, micro_batch in enumerate(micro_batches):
             x, y = get_batch(train_data, micro_batch, block_size, use_device)
-            if world_size > 1:
-                # DDP averages the gradients over the processes once, after the last micro-batch
-                parallel.require_backward_grad_sync = i == len(micro_batches) - 1
+            # DDP averages the gradients over the processes once, after the last micro-batch
+            parallel.require_backward_grad_sync = i == len(micro_batches) - 1
             with autocast:
                 loss = parallel(x, y)[1] / len(micro_batches)
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         for opt in optimizers:
             scaler.unscale_(opt)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        grad_norm = clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         if not scaler.is_enabled() or grad_norm.isfinite():  # float16 passes over a step that overflowed
             for opt in optimizers:
                 scaler.step(opt)
         scaler.update()  # and lowers its scale then
         model.zero_grad(set_to_none=True)
-        step += 1
         tokens += rows * block_size
         bar.update()
 
         # log; several processes agree on a stop only here
-        logs = (step - 1) % log_interval == 0 or (stop_requested and world_size == 1)
+        logs = step % log_interval == 0 or (stop_requested and world_size == 1)
         if logs:
             mean_loss, stopping = sum_over_processes(
                 [loss_sum.item() / world_size, bool(stop_requested)], use_device
@@ -744,14 +710,14 @@ def main(given):
             norm = grad_norm.item()
             speed = (tokens - logged_tokens) / (seconds - logged_seconds)  # tokens a second
             report = (
-                f"iter {step - 1}: loss {mean_loss:.4f}, lr {lr:.3g}, "
+                f"iter {step}: loss {mean_loss:.4f}, lr {lr:.3g}, "
                 f"{speed:,.0f} tokens/s, {speed * flops_per_token / 1e12:.3g} TFLOP/s"
             )
             print0(report)
             stop_if_not_finite(mean_loss, report)
             if metrics:
                 metrics.log(
-                    step=step - 1,
+                    step=step,
                     loss=mean_loss,
                     lr=lr,
                     grad_norm=norm if math.isfinite(norm) else None,  # JSON has no infinity
@@ -760,12 +726,15 @@ def main(given):
                     seconds=seconds,
                 )
             logged_tokens, logged_seconds = tokens, seconds
+        step += 1
 
     # -- the end
-    if not saved:
-        raise UserError("the end of the run is lost, for ckpt.pt could not be written")
     if stopping:
-        print0(f"stopped after {step} steps, saved; go on with: {resume_command()}")
+        launch = "python"
+        if world_size > 1:  # on several machines, torchrun's other flags are as before
+            launch = f"torchrun --nproc_per_node={os.getenv('LOCAL_WORLD_SIZE')}"
+        command = shlex.join(["train.py", *sys.argv[1:], "--init_from=resume"])
+        print0(f"stopped after {step} steps, saved; go on with: {launch} {command}")
     elif not eval_only:
         print0(f"{seconds:.0f} s of training; now: python sample.py --out_dir={shlex.quote(out_dir)}")
     if world_size > 1:
@@ -803,10 +772,13 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         end(f"out of memory with {batch_size=}: halve it and double {gradient_accumulation_steps=}")
     except RuntimeError as error:
-        # gloo reports a lost process by the type of error that PyTorch has for any mistake
-        if not lost_a_process():
-            raise
-        end(
-            f"another process died, or was silent for {dist_timeout=} seconds ({error!r:.99}); "
-            f"go on from {out_dir}/ckpt.pt with --init_from=resume"
-        )
+        # gloo reports a lost process by the type of error that PyTorch has for any mistake: do all meet?
+        try:
+            if dist.is_initialized():
+                dist.barrier()
+        except RuntimeError:
+            end(
+                f"another process died, or was silent for {dist_timeout=} seconds ({error!r:.99}); "
+                f"go on from {out_dir}/ckpt.pt with --init_from=resume"
+            )
+        raise

@@ -120,7 +120,7 @@ def test_tensors_that_share_memory_are_parted(saved, tmp_path):
         (("tokens",), None),
         (("seconds",), math.nan),
         (("best_val_loss",), [2.0]),
-        (("evaluations_since_best",), "never"),
+        (("measured_by",), "never"),
         (("config",), []),
         (("meta",), "meta"),
         (("optimizer",), {}),
