@@ -99,7 +99,6 @@ from model import (
     GPT,
     GPTConfig,
     ModelError,
-    Muon,
     check_compiler,
     load_checkpoint,
     pick_device,
@@ -149,7 +148,7 @@ def batch_starts(step, rows, tokens, block_size, seed, stride=None):
     return shuffled(n, seed, epoch)[batch * rows : (batch + 1) * rows] * stride
 
 
-@lru_cache(maxsize=1)
+@lru_cache(1)
 def shuffled(n, seed, epoch):
     """The order of an epoch's n windows, kept from step to step."""
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -212,7 +211,7 @@ def sum_over_processes(numbers, device):
 
 
 @torch.no_grad()
-def evaluate(model, data, device, autocast):
+def evaluate(model, data, device):
     """Mean loss over eval_iters batches of a split, shared out over the processes; all get the same."""
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
     # whole batches, for another shape would be compiled anew: windows behind the end, where no target counts
@@ -220,8 +219,7 @@ def evaluate(model, data, device, autocast):
     loss_sum, count = 0.0, 0
     for batch in starts.reshape(-1, batch_size)[rank::world_size]:  # this process's share
         x, y = get_batch(data, batch, block_size, device)
-        with autocast:
-            loss = model(x, y)[1]
+        loss = model(x, y)[1]
         predicted = (y >= 0).sum().item()
         loss_sum += loss.item() * predicted
         count += predicted
@@ -263,14 +261,13 @@ class Metrics:
 
         Raises UserError where another process is at work in the folder.
         """
-        self.path, self.lines, self.board = run / "metrics.jsonl", [], None
+        self.path, self.lines = run / "metrics.jsonl", []
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         run.mkdir(parents=True, exist_ok=True)
         self.alone = lock(run)
         self.alone.__enter__()  # until the process ends
-        if tensorboard:
-            self.board = SummaryWriter(run, purge_step=step)
+        self.board = SummaryWriter(run, purge_step=step) if tensorboard else None
         old = self.path.read_bytes() if self.path.is_file() else b""
         for text in old.splitlines():
             with suppress(Exception):  # a line that a kill cut short, or another's
@@ -360,7 +357,7 @@ FOLLOWS = {
     "min_lr": "learning_rate",
 }
 # what the optimizers keep of each parameter
-STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def check_settings(given):
@@ -374,7 +371,7 @@ def check_settings(given):
         raise UserError(f"max_iters or {max_epochs=}? The former needs --max_epochs=None")
     if stride and data_order != "epoch":
         raise UserError("stride has a meaning with --data_order=epoch alone")
-    if not 0 <= rank < world_size or gradient_accumulation_steps % world_size > 0:
+    if not 0 <= rank < world_size or gradient_accumulation_steps % world_size:
         raise UserError(
             f"{rank=} of {world_size=} processes, as torchrun sets them: "
             f"{gradient_accumulation_steps=} must be a multiple of their number"
@@ -506,7 +503,7 @@ def restore(optimizers, scaler, checkpoint):
                     state = saved["state"].get(places[name])
                     if not state:  # before the first step there is none
                         continue
-                    for key in STATE.get(type(opt), state):
+                    for key in STATE.get(type(opt).__name__, state):
                         shape = () if key in ("step", "mu_product") else p.shape
                         if state[key].shape != shape:
                             raise ValueError(f"{key} of {name} has another shape")
@@ -567,9 +564,9 @@ def main(given):
     lowest_lr = value_or(min_lr, learning_rate / 10 if lr_schedule == "cosine" else 0.0)
 
     # -- what comes out
-    prompt, token_bytes = [], None
-    if sample_prompt != "":
-        prompt = tokenizer.encode(clean(sample_prompt or "")) or val_data[:8].tolist()
+    prompt, token_bytes = val_data[:8].tolist(), None
+    if sample_prompt is not None:
+        prompt = sample_prompt and tokenizer.encode(clean(sample_prompt))
     if prompt or "val_bytes" in meta:  # else no vocabulary need be fetched
         token_bytes = bytes_per_token(meta, tokenizer, val_data)
     metrics = None
@@ -607,15 +604,16 @@ def main(given):
         if evaluates:
             gc.collect()
             compiled.eval()  # no dropout
-            train_loss = evaluate(compiled, train_data, use_device, autocast)
-            val_loss = evaluate(compiled, val_data, use_device, autocast)
+            with autocast:
+                train_loss = evaluate(compiled, train_data, use_device)
+                val_loss = evaluate(compiled, val_data, use_device)
             report = (
                 f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
                 f"perplexity {math.exp(min(val_loss, 700)):.2f}"
             )
-            val_bpb = None  # bits per byte of text compare tokenizers, as nats per token do not
-            if token_bytes:
-                val_bpb = val_loss / math.log(2) / token_bytes
+            # bits per byte of text compare tokenizers, as nats per token do not; None where nobody knows
+            val_bpb = token_bytes and val_loss / math.log(2) / token_bytes
+            if val_bpb:
                 report += f", {val_bpb:.4f} bits per byte"
             print0(report)
             stop_if_not_finite(train_loss + val_loss, report)
@@ -635,8 +633,7 @@ def main(given):
                     seconds=seconds,
                 )
                 metrics.plot()
-            if prompt:  # and 100 tokens more, in float32
-                torch.manual_seed(seed)  # the same draws each time; a step seeds anew, so this changes none
+            if prompt:  # and 100 tokens more, in float32; a step seeds anew, so that these draws change none
                 idx = torch.tensor([prompt], device=use_device)  # (1, T)
                 idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
                 print0(tokenizer.decode(idx[0].tolist()))

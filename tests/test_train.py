@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -213,7 +212,7 @@ def test_an_evaluation_has_batches_of_one_shape(monkeypatch):
             shapes.append(x.shape)
             return model(x, y)
 
-    loss = train.evaluate(Watched(), data, "cpu", nullcontext())
+    loss = train.evaluate(Watched(), data, "cpu")
     assert shapes == [(4, 8)] * 3
     losses = []
     for start in range(0, len(data) - 1, 8):
@@ -368,7 +367,7 @@ def test_the_verdict_before_training_as_published(tmp_path, monkeypatch, referen
     torch.manual_seed(123)
     model = GPT(GPTConfig(**(reference["gpt_124m"]["config"] | {"block_size": 256}))).eval()
     assert meta["vocab_size"] == 50257 and len(train.eval_starts(len(data), 256, 18)) == 18
-    loss = train.evaluate(model, data, "cpu", nullcontext())
+    loss = train.evaluate(model, data, "cpu")
     assert loss == pytest.approx(reference["loss_before_training"]["the_verdict_train_loss"], abs=1e-5)
 
 
