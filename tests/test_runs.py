@@ -25,7 +25,13 @@ def same_run(a, b):
     """Whether two runs ended with the same bits and wrote the same numbers, but for times."""
     for name in ("ckpt.pt", "best.pt"):
         one, other = (torch.load(folder / name, weights_only=True) for folder in (a, b))
-        for key in one.keys() - {"seconds", "config", "model_args", "meta"}:
+        # of names, which assert_close does not take, those of the optimizer's state must be the same
+        names = [
+            [group.pop("param_names") for opt in saved.get("optimizer", []) for group in opt["param_groups"]]
+            for saved in (one, other)
+        ]
+        assert names[0] == names[1]
+        for key in one.keys() - {"seconds", "config", "model_args", "meta", "measured_by"}:
             torch.testing.assert_close(one[key], other[key], atol=0, rtol=0)
     return all(
         metrics(a, key) == metrics(b, key) for key in ("loss", "val_loss", "train_loss", "grad_norm", "lr")
