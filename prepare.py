@@ -895,11 +895,10 @@ def read_json(path):
         return {**json.loads(path.read_bytes())}
 
 
-def load_dataset(name, block_size, vocab_size=None, check_ids=True):
+def load_dataset(name, block_size, vocab_size=None):
     """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, meta.json and the tokenizer.
 
     vocab_size: of the model that is to read them, where it is not the dataset's
-    check_ids: whether to read all of them, for one that is beyond it
     Raises UserError.
     """
     name = Path(name).name  # of data/mine too
@@ -931,7 +930,7 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
         dtype = meta.get("dtype")
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
-        if check_ids and data.max() >= vocab_size:  # it would crash a GPU without a word
+        if data.max() >= vocab_size:  # it would crash a GPU without a word
             raise UserError(f"{path} has the ID {data.max()}, which is beyond the vocabulary")
         splits.append(data)
     return *splits, meta, tokenizer

@@ -520,9 +520,8 @@ def main(given):
     run = Path(out_dir)
     checkpoint, weights, resume = load_start(run, given)
     config = check_settings(given)
-    # rank 0 reads the IDs for all
     train_data, val_data, meta, tokenizer = load_dataset(
-        dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"], rank == 0
+        dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"]
     )
     if checkpoint and tokenizer_of(weights, checkpoint).meta != tokenizer.meta:
         raise UserError(
