@@ -210,7 +210,7 @@ def sum_over_processes(numbers, device):
     return sums.tolist()
 
 
-@torch.no_grad()
+@torch.no_grad
 def evaluate(model, data, device):
     """Mean loss over eval_iters batches of a split, shared out over the processes; all get the same."""
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
@@ -417,7 +417,7 @@ def best_so_far(run, measured_by):
         best = load_checkpoint(path)
         if best.get("measured_by") == measured_by:
             return best["best_val_loss"], best["step"]
-        warn(f"{path} was measured on other data or in another way: the next evaluation replaces it")
+        warn("best.pt was measured on other data or in another way: the next evaluation replaces it")
     return math.inf, 0
 
 
@@ -506,7 +506,7 @@ def restore(optimizers, scaler, checkpoint):
                     for key in STATE.get(type(opt).__name__, state):
                         shape = () if key in ("step", "mu_product") else p.shape
                         if state[key].shape != shape:
-                            raise ValueError(f"{key} of {name} has another shape")
+                            raise ValueError(f"another shape of {key}")
                         opt.state[p][key] = p.new_empty(shape).copy_(state[key])
         # a run in another precision had none, or has none now
         scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])
@@ -569,7 +569,7 @@ def main(given):
     if prompt or "val_bytes" in meta:  # else no vocabulary need be fetched
         token_bytes = bytes_per_token(meta, tokenizer, val_data)
     metrics = None
-    if rank == 0 and not eval_only:
+    if not (rank or eval_only):
         metrics = Metrics(run, step)
         if resume and load_checkpoint(run / "ckpt.pt")["step"] != step:
             raise UserError("another process has gone on with this run meanwhile: start again")
