@@ -410,17 +410,6 @@ def load_start(run, given):
     return checkpoint, weights, resume
 
 
-def best_so_far(run, measured_by):
-    """Validation loss and step of best.pt, where measured on this data in this way; else infinity and 0."""
-    path = run / "best.pt"
-    if path.exists():
-        best = load_checkpoint(path)
-        if best.get("measured_by") == measured_by:
-            return best["best_val_loss"], best["step"]
-        warn("best.pt was measured on other data or in another way: the next evaluation replaces it")
-    return math.inf, 0
-
-
 stop_requested = 0.0  # when the first signal came, by time.monotonic(); 0 while none has
 
 
@@ -444,8 +433,9 @@ def start_machine():
         use_device = f"cuda:{local_rank}"  # a GPU for each process
     use_device = torch.device(pick_device(use_device)).type  # of GPUs the one that is now the current one
     if world_size > 1:
-        default = dist.get_default_backend_for_device(use_device)  # nccl for CUDA, gloo for CPUs
-        chosen = default if backend == "auto" else backend
+        chosen = backend
+        if backend == "auto":
+            chosen = dist.get_default_backend_for_device(use_device)  # nccl for CUDA, gloo for CPUs
         with user_error("several processes are started by torchrun"):  # its variables are not all set, or odd
             dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
     use_dtype = pick_dtype(dtype, use_device, training=True)
@@ -545,7 +535,12 @@ def main(given):
         old_meta, step, tokens, seconds = restore(optimizers, scaler, checkpoint)
         if old_meta != meta:
             warn("the dataset is not what the run has read so far: it goes on with other data")
-        best_val_loss, best_step = best_so_far(run, measured_by)
+        if (run / "best.pt").exists():
+            best = load_checkpoint(run / "best.pt")
+            if best.get("measured_by") == measured_by:
+                best_val_loss, best_step = best["best_val_loss"], best["step"]
+            else:
+                warn("best.pt was measured on other data or in another way: the next evaluation replaces it")
     del checkpoint  # give its memory back
     if sum_over_processes([step], use_device)[0] != step * world_size:
         raise UserError("not every machine finds the same checkpoint: all must share the folder out_dir")
@@ -554,8 +549,7 @@ def main(given):
 
     # -- batches and schedule
     rows = gradient_accumulation_steps * batch_size  # windows a step, of all processes together
-    window_stride = stride or block_size
-    steps_per_epoch = count_windows(len(train_data), block_size, window_stride) // rows
+    steps_per_epoch = count_windows(len(train_data), block_size, stride or block_size) // rows
     if not steps_per_epoch and (data_order == "epoch" or max_epochs):
         raise UserError(f"a step of {rows} windows is more than data/{dataset}/train.bin holds")
     last_step = max_epochs * steps_per_epoch if max_epochs else max_iters
@@ -672,7 +666,7 @@ def main(given):
                 group["lr"] = peak * lr / (learning_rate or 1)  # Muon's follows the curve of AdamW's
         # each process draws another dropout, and no random state has to be saved
         torch.manual_seed(np.random.default_rng((seed, step, rank)).integers(2**63))
-        apart = window_stride if data_order == "epoch" else None  # None: a window may start anywhere
+        apart = (stride or block_size) if data_order == "epoch" else None  # None: windows start anywhere
         starts = batch_starts(step, rows, len(train_data), block_size, seed, apart)
         micro_batches = starts.reshape(-1, batch_size)[rank::world_size]  # this process's share
         loss_sum = 0.0
