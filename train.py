@@ -745,9 +745,7 @@ def end(message):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2 * local_rank)
     say(f"train.py: {message}", sys.stderr)
-    if world_size > 1:
-        os._exit(1)  # an orderly end would wait for a process that is lost
-    sys.exit(1)
+    os._exit(1)  # an orderly end would wait for a process that is lost
 
 
 if __name__ == "__main__":
