@@ -759,14 +759,14 @@ if __name__ == "__main__":
         end(f"cannot write or read: {error}")
     except torch.OutOfMemoryError:
         end(f"out of memory with {batch_size=}: halve it and double {gradient_accumulation_steps=}")
-    except RuntimeError as error:
+    except RuntimeError:
         # gloo reports a lost process by the type of error that PyTorch has for any mistake: do all meet?
         try:
             if dist.is_initialized():
                 dist.barrier()
         except RuntimeError:
             end(
-                f"another process died, or was silent for {dist_timeout=} seconds ({error!r:.99}); "
+                f"another process died, or was silent for {dist_timeout=} seconds; "
                 f"go on from {out_dir}/ckpt.pt with --init_from=resume"
             )
         raise
