@@ -577,10 +577,6 @@ def main(given):
     )
     if warmup_iters >= last_step:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
-    if compiled is not model and not eval_only:  # now, so that the time of no step contains it
-        with autocast:
-            parallel(*get_batch(train_data, np.zeros(batch_size, int), block_size, use_device))[1].backward()
-        model.zero_grad(set_to_none=True)
     gc.freeze()  # what is there stays; and no collection stops a step
     gc.disable()
     bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
