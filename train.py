@@ -622,7 +622,7 @@ def main(given):
                     seconds=seconds,
                 )
                 metrics.plot()
-            if prompt:  # and 100 tokens more, in float32; a step seeds anew, so that these draws change none
+            if prompt:  # it and 100 tokens more, in float32; each step seeds anew, so these draws change none
                 idx = torch.tensor([prompt], device=use_device)  # (1, T)
                 idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
                 print0(tokenizer.decode(idx[0].tolist()))
@@ -648,7 +648,7 @@ def main(given):
                 state["optimizer"] = [opt.state_dict() for opt in optimizers]
                 state["scaler"] = scaler.state_dict()
                 if stopping:
-                    metrics.plot()
+                    metrics.plot()  # an evaluation has done so
                 if not save_or_warn(run / "ckpt.pt", state) and ends:
                     raise UserError("the end of the run is lost, for ckpt.pt could not be written")
         if ends:
@@ -668,7 +668,7 @@ def main(given):
         loss_sum = 0.0
         for i, micro_batch in enumerate(micro_batches):
             x, y = get_batch(train_data, micro_batch, block_size, use_device)
-            # DDP averages the gradients over the processes once, after the last micro-batch
+            # DDP, if it is there, averages the gradients over the processes once, after the last micro-batch
             parallel.require_backward_grad_sync = i == len(micro_batches) - 1
             with autocast:
                 loss = parallel(x, y)[1] / len(micro_batches)
