@@ -74,7 +74,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():  # those of a file may be of any type
-            if not isinstance(value, self.__annotations__[name] | int):
+            if not isinstance(value, GPTConfig.__annotations__[name] | int):
                 raise ModelError(f"{name} cannot be {value!r:.40}")
             if value not in FIELD_CHOICES.get(name, [value]):
                 raise ModelError(f"{name}={value!r} is none of {', '.join(FIELD_CHOICES[name])}")
@@ -337,7 +337,8 @@ class GPT(nn.Module):
     ):
         """Continue idx (B, T0), T0 >= 1, and yield each new token as (B, 1) int64. Call eval() first.
 
-        temperature, top_k, top_p: as in next_token_probs. generator: of the draws; None takes torch's own.
+        temperature, top_k, top_p: as in next_token_probs. generator: of the draws; None takes torch's own;
+        a list of them takes one after the other for equal parts of the B rows.
         stop: the token ID that ends a sequence, which then repeats it until all have ended. vocab_size: IDs
         from here on are padding and never sampled. slide: by how many tokens a full context moves on at once.
         With 1 each token sees exactly the block_size before it, and the cache is computed anew for each; with
@@ -515,8 +516,11 @@ def draw(probs, generator):
     torch.multinomial draws a number for each of the V IDs: 9 ms for 8 rows of GPT-2's vocabulary, this is 1.
     """
     sums = probs.cumsum(-1)
+    generators = generator if isinstance(generator, list) else [generator]
+    rows = len(probs) // len(generators)  # of each
+    draws = [torch.rand(rows, 1, generator=each, device=probs.device) for each in generators]
     # in (0, 1], not [0, 1), so that an ID of probability 0 is never drawn
-    uniform = 1 - torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    uniform = 1 - torch.cat(draws)
     return torch.searchsorted(sums, sums[:, -1:] * uniform)
 
 
@@ -611,24 +615,24 @@ def load_checkpoint(path: str) -> dict:
     path = Path(path)
     if path.is_dir():
         return load_hugging_face(path)
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist, or is no regular file")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is no regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(file.compress_type for file in archive.filelist):  # PyTorch's are not compressed
                 raise zipfile.BadZipFile
         # tensors stay on the disk until they are used
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     except Exception:  # a damaged zip or a forbidden pickle raises any type there is
-        raise ModelError(
-            f"{path} may not be read, is damaged, or holds other things than tensors and plain data"
-        ) from None
+        raise ModelError(f"{path} is damaged, or holds other things than tensors and plain data") from None
     try:
         if "iter_num" in checkpoint:  # nanoGPT's, of which the rest is not ours; its GELU is exact
             checkpoint = {
                 "model": checkpoint["model"],
                 "model_args": {"activation": "gelu_erf"} | checkpoint["model_args"],
-                "config": checkpoint["config"],
+                "config": checkpoint.get("config", {}),
             }
         for name, kind in CHECKPOINT_FIELDS.items():
             value = checkpoint.get(name, kind())
@@ -725,7 +729,8 @@ def cpu_prefers_bfloat16():
     An Intel CPU with AVX-512 BF16 alone takes 1.6 times as long for a training step as in float32, one with
     neither many times as long.
     """
-    abilities = torch.cpu.get_capabilities()
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # missing in older releases of torch
+    abilities = get_capabilities()
     amd = "AMD" in abilities.get("cpu_name", "")
     return abilities.get("amx_bf16") or (amd and abilities.get("avx512_bf16"))
 
