@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
@@ -50,6 +50,11 @@ THE_VERDICT = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
     "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
 )
+INSTRUCTIONS = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/"
+    "instruction-data.json",
+    "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+)
 VOCAB_BPE = (
     "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -66,6 +71,7 @@ CORPORA = {
     "shakespeare_char": ("char", TINY_SHAKESPEARE),
     "shakespeare": ("gpt2", TINY_SHAKESPEARE),
     "verdict": ("gpt2", THE_VERDICT),
+    "instructions": ("gpt2", INSTRUCTIONS),
     "fineweb": ("gpt2", None),  # token IDs, in shards
 }
 
@@ -112,7 +118,7 @@ MAX_VOCAB = 65536  # what uint16 can count
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
 PIECE = 1_000_000
-# The longest text without a space, and the longest line of a .jsonl, in characters.
+# The longest text without a space, the longest line of a .jsonl, and the longest .json, in characters.
 LONGEST = 100 * PIECE
 # Threads that tokenize. More than eight would wait for the one that reads.
 THREADS = min(8, os.cpu_count() or 1)
@@ -120,8 +126,8 @@ THREADS = min(8, os.cpu_count() or 1)
 # What is taken for text in a folder: the first is no suffix at all, as of README. A file that is named on the
 # command line may be called anything.
 SUFFIXES = (
-    " .txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .yaml .yml .toml .ini .sh .sql "
-    ".py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
+    " .txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .parquet .yaml .yml .toml .ini .sh "
+    ".sql .py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
 ).split(" ")
 
 
@@ -341,6 +347,7 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, vocab):
         self.meta = {"type": "word", "vocab": vocab}
+        "".join(vocab)  # raises where one is no text
         self.vocab = vocab
         self.vocab_size = len(vocab)
         self.ids = {word: i for i, word in enumerate(vocab)}
@@ -420,6 +427,8 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
         if end_of_text is not None:
+            if not 0 <= end_of_text < self.vocab_size:
+                raise UserError(f"end-of-text has the ID {end_of_text!r:.20}, which the vocabulary lacks")
             # meta holds what was given, or loading it would make another tokenizer.
             self.meta["end_of_text"] = self.end_of_text = end_of_text
 
@@ -546,7 +555,10 @@ def tokenizer_of_folder(folder):
     description = read_json(folder / "tokenizer.json")
     if description:
         with user_error(f"{folder}/tokenizer.json is damaged"):
-            tokenizer = BPETokenizer(description, read_json(folder / "config.json").get("eos_token_id"))
+            end_of_text = read_json(folder / "config.json").get("eos_token_id")
+            if isinstance(end_of_text, list):  # of which the first is that of a text
+                end_of_text = end_of_text[0]
+            tokenizer = BPETokenizer(description, end_of_text)
         # With the tokens that were added to it, such as those of a chat: they make another vocabulary.
         vocab = tokenizer.bpe.get_vocab()  # {token: ID}
     else:
@@ -564,8 +576,10 @@ def tokenizer_of_folder(folder):
 # -- documents -----------------------------------------------------------------------------------------------
 #
 #   documents   an iterable of documents, which is read twice
-#   document    an iterable of pieces: a file, or a line of a .jsonl, or what <|endoftext|> ends in them
-#   piece       a str that ends where a word or its document does; of a file, about PIECE characters
+#   document    an iterable of pieces: a file, or a record of a .jsonl, .json or .parquet, or what
+#               <|endoftext|> ends in them
+#   piece       a str that ends where a word or its document does; of a file, about PIECE characters;
+#               a Prompt, where it is read, but not learned
 #
 # A document is taken to its end before the next one is asked for. Its token IDs are those of its pieces, one
 # after the other, so that a file need not fit into memory.
@@ -618,6 +632,51 @@ def clean(text):
     if found:
         raise UserError(f"{text!r:.40} is not UTF-8 text: it has {found[0]!r}")
     return re.sub("\r\n?", "\n", text.removeprefix("\N{BYTE ORDER MARK}"))
+
+
+class Prompt(str):
+    """A piece of a conversation that is read, and not learned."""
+
+
+# How the messages of a conversation are written: after Taori et al. 2023, Stanford Alpaca. Answers are what
+# follows, to an <|endoftext|>.
+TEMPLATE = {"system": "{}\n\n", "user": "### Instruction:\n{}\n\n### Response:\n"}
+# The same for Hugging Face's tools, in their language, Jinja.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% set text = message.content | trim %}"
+    "{% if message.role == 'assistant' %}{{ text }}<|endoftext|>"
+    "{% elif message.role == 'system' %}{{ text }}\n\n"
+    "{% else %}### Instruction:\n{{ text }}\n\n### Response:\n{% endif %}{% endfor %}"
+)
+# What an example of one question and its answer has instead of messages.
+EXAMPLE = ("instruction", "input", "output")
+
+
+def render(messages):
+    """The pieces of a conversation: what is read as Prompts, and the answers, <|endoftext|> after each.
+
+    messages: {"role": "system", "user" or "assistant", "content": text} each. Raises UserError.
+    """
+    pieces = []
+    question = ""  # all that is read before an answer, in one piece, for a token may reach over its parts
+    for message in messages:
+        role, content = message["role"], clean(message["content"]).strip()
+        if END_OF_TEXT in content or role not in ("assistant", *TEMPLATE):
+            raise UserError(f"{END_OF_TEXT} in a message, or {role!r:.40} for its role")
+        if role == "assistant":
+            pieces += [Prompt(question), content, END_OF_TEXT]
+            question = ""
+        else:
+            question += TEMPLATE[role].format(content)
+    return [*pieces, Prompt(question)]
+
+
+def as_messages(example):
+    """The conversation of an example: its instruction, with its input if it has one, and its output."""
+    question = example["instruction"]
+    if example.get("input"):
+        question += f"\n\n### Input:\n{example['input']}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": example["output"]}]
 
 
 def unpacked(path):
@@ -696,12 +755,24 @@ class TextFiles:
     def __iter__(self):
         # Another format is another branch here, and another suffix in SUFFIXES.
         for path in self.files:
-            if unpacked(path).suffix.lower() == ".jsonl":
-                texts = self.read_jsonl(path)
+            suffix = unpacked(path).suffix.lower()
+            if suffix == ".jsonl":
+                records = self.read_jsonl(path)
+            elif suffix == ".parquet":
+                records = read_parquet(path, {self.text_key, "messages", *EXAMPLE})
+            elif suffix == ".json" and self.is_array(path):
+                records = self.read_json(path)
             else:
-                texts = [self.read_text(path)]
-            for text in texts:
-                yield from split_at_ends(text)
+                yield from split_at_ends(self.read_text(path))
+                continue
+            for number, record in records:
+                # Whatever is wrong with a record, its number helps most.
+                try:
+                    documents = self.documents_of(record)
+                except Exception as error:
+                    place = "line" if suffix == ".jsonl" else "record"
+                    raise UserError(f"{path}, {place} {number}: {error}") from None
+                yield from documents
 
     def read_text(self, path):
         """The pieces of a whole file. Raises UserError where a character is NUL, which no text has."""
@@ -715,21 +786,56 @@ class TextFiles:
                 yield piece
 
     def read_jsonl(self, path):
-        """A text of each line, an object that has it under text_key; blank lines are passed over."""
+        """(number, text) of each line that is not blank."""
         with open_text(path, self.errors, self.encoding) as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
                 if len(line) == LONGEST:
                     raise UserError(f"{path}, line {number} is longer than {LONGEST:,} characters")
-                if not line.strip():
-                    continue
-                # Whatever is wrong with a line, its number helps most.
-                try:
-                    text = json.loads(line)[self.text_key]
-                    yield [clean(text.encode("utf-8", self.errors).decode())]
-                except Exception as error:
-                    raise UserError(
-                        f"{path}, line {number}: no object with a text under --text_key: {error}"
-                    ) from None
+                if line.strip():
+                    yield number, line
+
+    def is_array(self, path):
+        """Whether a .json file is an array of objects. Another is text like any other."""
+        with open_text(path, self.errors, self.encoding) as file:
+            return re.match(r"\s*\[\s*\{", file.read(1000))
+
+    def read_json(self, path):
+        """(number, object) of an array."""
+        with open_text(path, self.errors, self.encoding) as file, user_error(f"{path} is damaged"):
+            text = file.read(LONGEST)
+            if len(text) == LONGEST:
+                raise UserError(f"{path} is longer than {LONGEST:,} characters: make a .jsonl of it")
+            yield from enumerate(json.loads(text), 1)
+
+    def documents_of(self, record):
+        """The documents of a record: those of the text that it has under text_key, or its conversation."""
+        if isinstance(record, str):  # a line
+            record = json.loads(record)
+        # A table has None where a row lacks something.
+        record = {key: value for key, value in record.items() if value is not None}
+        messages = record.get("messages")
+        if "instruction" in record:
+            messages = as_messages(record)
+        if messages is not None:
+            *pieces, _end, question = render(messages)  # as any document, it is ended where its side is known
+            if question:
+                raise ValueError("the conversation does not end with an answer")
+            return [pieces]
+        if self.text_key not in record:
+            raise ValueError(f"no text under --text_key={self.text_key}, and no conversation")
+        text = record[self.text_key].encode("utf-8", self.errors).decode()
+        return split_at_ends([clean(text)])
+
+
+def read_parquet(path, columns):
+    """(number, {column: value}) of each row, with those of the columns that there are. Raises UserError."""
+    with user_error(f"{path} cannot be read"):
+        from pyarrow.parquet import ParquetFile
+
+        file = ParquetFile(path)
+        batches = file.iter_batches(1000, columns=sorted(columns & {*file.schema_arrow.names}))
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
 
 
 def find_text_files(paths, encoding):
@@ -783,8 +889,9 @@ def walk(folder):
 
 def is_text(path, encoding):
     """Whether a file of a folder is named as text is, and begins as text does. Raises UserError."""
-    if unpacked(path).suffix.lower() not in SUFFIXES:
-        return False
+    suffix = unpacked(path).suffix.lower()
+    if suffix not in SUFFIXES or suffix == ".parquet":
+        return suffix == ".parquet"
     try:
         with open_text(path, encoding=encoding):
             return True
@@ -843,14 +950,22 @@ def batches(texts):
     yield batch
 
 
-def encode_batches(batches, tokenizer):
+def encode_batches(batches, tokenizer, masked=False):
     """("train" or "val", token IDs) of each text, in order. Raises UserError.
 
+    masked: after them ("train_mask" or "val_mask", a uint8 for each ID, 1 where it is to be learned)
     Threads encode while this one reads and writes. They are only a few batches ahead, to bound the memory.
     """
 
     def encode_batch(batch):
-        return [(split, tokenizer.encode_array(text)) for split, text in batch]
+        encoded = []
+        for split, text in batch:
+            ids = tokenizer.encode_array(text)
+            encoded.append((split, ids))
+            if masked:
+                learned = not isinstance(text, Prompt)
+                encoded.append((f"{split}_mask", np.full(len(ids), learned, "u1")))
+        return encoded
 
     # Threads suffice, without processes: tiktoken and NumPy work outside of Python's lock.
     under_way = []
@@ -869,7 +984,7 @@ def encode_batches(batches, tokenizer):
 # -- datasets ------------------------------------------------------------------------------------------------
 
 # All that we write into data/<name>/. A folder that holds anything else is somebody's, and is not replaced.
-DATASET_FILES = {"train.bin", "val.bin", "meta.json", "ckpt.pt"}
+DATASET_FILES = {"train.bin", "val.bin", "train_mask.bin", "val_mask.bin", "meta.json", "ckpt.pt"}
 
 
 def write_file(path, content):
@@ -895,10 +1010,11 @@ def read_json(path):
         return {**json.loads(path.read_bytes())}
 
 
-def load_dataset(name, block_size, vocab_size=None):
+def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, meta.json and the tokenizer.
 
     vocab_size: of the model that is to read them, where it is not the dataset's
+    check_ids: whether to read all of them, for one that is beyond it
     Raises UserError.
     """
     name = Path(name).name  # of data/mine too
@@ -930,10 +1046,25 @@ def load_dataset(name, block_size, vocab_size=None):
         dtype = meta.get("dtype")
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
-        if data.max() >= vocab_size:  # it would crash a GPU without a word
+        if check_ids and data.max() >= vocab_size:  # it would crash a GPU without a word
             raise UserError(f"{path} has the ID {data.max()}, which is beyond the vocabulary")
         splits.append(data)
     return *splits, meta, tokenizer
+
+
+def load_mask(name, split, data):
+    """The mask of data/<name>/<split>.bin: a uint8 for each ID, 1 where it is to be learned, as all are
+    where there is no mask.
+
+    data: the IDs, as load_dataset returns them. Raises UserError.
+    """
+    path = Path("data", Path(name).name, f"{split}_mask.bin")
+    if not path.exists():
+        return np.broadcast_to(np.uint8(1), len(data))  # which takes no memory
+    mask = np.memmap(path, "u1", "r")
+    if len(mask) != len(data):
+        raise UserError(f"{path} does not belong to {split}.bin: prepare both anew")
+    return mask
 
 
 @contextmanager
@@ -985,6 +1116,8 @@ def bytes_per_token(meta, tokenizer, ids):
 
     meta: says it for what prepare.py has tokenized; else the ids themselves do
     """
+    if "train_learned" in meta:  # a loss of the answers alone compares with no other
+        return None
     counted = meta.get("val_bytes")
     if not isinstance(counted, int):
         lengths = tokenizer.byte_lengths()
@@ -994,34 +1127,42 @@ def bytes_per_token(meta, tokenizer, ids):
     return counted / len(ids)
 
 
-def write_bins(name, ids, tokenizer, sources, lengths=None):
+def write_bins(name, arrays, tokenizer, sources, lengths=None):
     """Write data/<name>/, say how it is split, and return how many token IDs it holds. Raises UserError.
 
-    ids: ("train" or "val", array of uint16 token IDs), in order
+    arrays: ("train" or "val", array of uint16 token IDs), in order, and masks, as encode_batches gives them
     tokenizer, sources: as in new_folder
     lengths: bytes of each token ID, if meta.json is to count them
     """
-    with new_folder(name, tokenizer, sources) as (folder, meta):
-        with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
-            files = {"train": train, "val": val}
-            for split, part in ids:
-                files[split].write(part)
-                if lengths is not None:
-                    key = f"{split}_bytes"
-                    meta[key] = meta.get(key, 0) + int(lengths[part].sum())
-            train_tokens = train.tell() // 2  # two bytes each
-            val_tokens = val.tell() // 2
+    sizes = dict.fromkeys(("train", "val"), 0)  # {file: how many numbers it has}
+    learned = 0
+    with new_folder(name, tokenizer, sources) as (folder, meta), ExitStack() as stack:
+        files = {}
+        for split, array in arrays:
+            if split not in files:
+                files[split] = stack.enter_context(open(folder / f"{split}.bin", "wb"))
+            files[split].write(array)
+            sizes[split] = sizes.get(split, 0) + len(array)
+            if split == "train_mask":
+                learned += int(array.sum())
+            elif lengths is not None and split in ("train", "val"):
+                key = f"{split}_bytes"
+                meta[key] = meta.get(key, 0) + int(lengths[array].sum())
         # train.py draws windows of both.
-        if 0 in (train_tokens, val_tokens):
+        if 0 in sizes.values():
             raise UserError("train.bin or val.bin would be empty; give more text or another --val_fraction")
-        meta |= {"train_tokens": train_tokens, "val_tokens": val_tokens}
+        meta |= {"train_tokens": sizes["train"], "val_tokens": sizes["val"]}
+        if learned:
+            meta["train_learned"] = learned  # of the tokens
 
-    tokens = train_tokens + val_tokens
+    tokens = sizes["train"] + sizes["val"]
     say(
-        f"data/{name}: {train_tokens:,} train ({train_tokens / tokens:.1%}) and "
-        f"{val_tokens:,} validation tokens ({val_tokens / tokens:.1%})",
+        f"data/{name}: {sizes['train']:,} train ({sizes['train'] / tokens:.1%}) and "
+        f"{sizes['val']:,} validation tokens ({sizes['val'] / tokens:.1%})",
         sys.stdout,
     )
+    if learned:
+        say(f"{learned:,} of the training tokens are learned, the others are read alone", sys.stdout)
     return tokens
 
 
@@ -1044,29 +1185,34 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4
     count = 0
     characters = 0
     entries = set()
+    masked = False
     for document in tqdm(documents, "documents", disable=None):  # None: a bar on a terminal alone
         count += 1
         for piece in document:
             characters += len(piece)
+            masked |= isinstance(piece, Prompt)
             # Where there are too many already, more of them would only fill the memory.
-            if entries_of and len(entries) <= MAX_VOCAB:
+            if entries_of and len(entries) <= MAX_VOCAB and piece != END_OF_TEXT:
                 entries.update(entries_of(piece))
-    if count == 0:
-        raise UserError(f"there is no text to make data/{name} of")
+    if count <= masked:  # one conversation cannot be cut
+        raise UserError(f"there is no text to make data/{name} of, or a single conversation")
     if entries_of:
         tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
     if kind == "bpe":
         texts = split_documents(documents, count, characters, val_fraction, ends=False)
-        tokenizer = BPETokenizer.trained((text for split, text in texts if split == "train"), vocab_size)
+        learned_from = (text for split, text in texts if split == "train" and text != END_OF_TEXT)
+        tokenizer = BPETokenizer.trained(learned_from, vocab_size)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
+    ends = tokenizer.end_of_text is not None
+    if masked and not ends:
+        raise UserError("this vocabulary has no end-of-text, by which an answer ends")
     # Second reading, in which a text knows its side. All of these are generators: nothing is read before
     # write_bins asks for it.
-    texts = split_documents(documents, count, characters, val_fraction, tokenizer.end_of_text is not None)
+    texts = split_documents(documents, count, characters, val_fraction, ends)
     progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
-    tokens = write_bins(
-        name, encode_batches(progress, tokenizer), tokenizer, sources, tokenizer.byte_lengths()
-    )
+    arrays = encode_batches(progress, tokenizer, masked)
+    tokens = write_bins(name, arrays, tokenizer, sources, tokenizer.byte_lengths())
     say(f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token", sys.stdout)
 
 
@@ -1203,10 +1349,11 @@ def lock(folder, wait=False):
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}: wait, or choose another") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another process is at work in {folder}: wait for it, or choose another") from None
     finally:
         os.close(handle)
 

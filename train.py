@@ -109,6 +109,7 @@ from prepare import (
     bytes_per_token,
     clean,
     load_dataset,
+    load_mask,
     lock,
     say,
     speak_utf8,
@@ -162,21 +163,29 @@ def eval_starts(tokens, block_size, rows):
     return np.linspace(0, n - 1, min(rows, n)).round().astype(int) * block_size
 
 
-def get_batch(data, starts, block_size, device):
-    """The windows at starts, (B, T) int64, and the same one token later: inputs and targets.
+def learned_places(mask, starts, block_size):
+    """Whether each target of the windows at starts counts in the loss, (B, T): what is masked does not."""
+    places = starts[:, None] + 1 + np.arange(block_size)
+    return (places < len(mask)) & (mask[np.minimum(places, len(mask) - 1)] > 0)  # nor what is behind the end
 
-    Where a window goes on behind the last token, its targets are -1, which no loss counts.
+
+def get_batch(data, mask, starts, block_size, device):
+    """The windows at starts, (B, T) int64, the same one token later, and how many of those targets count.
+
+    The others are -1, which no loss counts.
     """
     if isinstance(data, np.memmap) and data.base.size() < data.nbytes:  # reading on would kill the process
         raise UserError(f"{data.filename} has become shorter while it is read")
     places = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     windows = np.take(data, places, mode="clip").astype(np.int64)
-    windows[places >= len(data)] = -1
-    batch = torch.from_numpy(windows)
+    x, y = windows[:, :-1], windows[:, 1:]
+    learned = learned_places(mask, starts, block_size)
+    if learned.any():  # else any targets will do, for the mean over none is no number
+        y = np.where(learned, y, -1)
+    batch = torch.from_numpy(np.stack((x, y)))  # (2, B, T)
     if device == "cuda":
         batch = batch.pin_memory()  # then the copy does not wait for the GPU, which is still at work
-    batch = batch.to(device, non_blocking=True)  # (B, T + 1)
-    return batch[:, :-1].clamp(min=0), batch[:, 1:]
+    return *batch.to(device, non_blocking=True), int(learned.sum())
 
 
 # -- pieces of the loop --------------------------------------------------------------------------------------
@@ -211,18 +220,16 @@ def sum_over_processes(numbers, device):
 
 
 @torch.no_grad
-def evaluate(model, data, device):
+def evaluate(model, data, mask, device):
     """Mean loss over eval_iters batches of a split, shared out over the processes; all get the same."""
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
     # whole batches, for another shape would be compiled anew: windows behind the end, where no target counts
     starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
     loss_sum, count = 0.0, 0
     for batch in starts.reshape(-1, batch_size)[rank::world_size]:  # this process's share
-        x, y = get_batch(data, batch, block_size, device)
-        loss = model(x, y)[1]
-        predicted = (y >= 0).sum().item()
-        loss_sum += loss.item() * predicted
-        count += predicted
+        x, y, learned = get_batch(data, mask, batch, block_size, device)
+        loss_sum += model(x, y)[1].item() * learned
+        count += learned
     loss_sum, count = sum_over_processes([loss_sum, count], device)
     return loss_sum / count
 
@@ -302,8 +309,12 @@ class Metrics:
             for key in ("loss", "train_loss", "val_loss"):  # of training batches, and of the two splits
                 losses = {line["step"]: line[key] for line in self.lines if key in line}
                 axes.plot(losses.keys(), losses.values(), label=key)
-            best = min(losses, key=losses.get)  # of the last of the three
-            axes.plot(best, losses[best], "k*", label=f"best: {losses[best]:.4f}")
+            evaluations = [line for line in self.lines if "val_loss" in line]
+            best = min(evaluations, key=lambda line: line["val_loss"])
+            label = f"best: {best['val_loss']:.4f}"
+            if best.get("val_bpb"):
+                label += f", {best['val_bpb']:.4f} bits per byte"
+            axes.plot(best["step"], best["val_loss"], "k*", label=label)
             axes.legend()
             picture = io.BytesIO()
             axes.figure.savefig(picture)  # a PNG
@@ -418,7 +429,9 @@ def on_signal(number, _frame):
     global stop_requested
     if not stop_requested:
         stop_requested = time.monotonic()
-        warn("saves and ends as soon as this step or evaluation is done")
+        if rank == 0:
+            with suppress(OSError):  # os.write, for the signal may have come in the middle of a print
+                os.write(2, b"\ntrain.py: saves and ends as soon as this step or evaluation is done\n")
     elif time.monotonic() > stop_requested + 1:  # torchrun sends a terminal's Ctrl-C a second time, sooner
         raise SystemExit(128 + number)
 
@@ -479,6 +492,14 @@ def compiled_or_not(model, use_device):
     return model
 
 
+def compile_now(model, batch, autocast):
+    """Let torch.compile do its work in a step that changes nothing: no other takes the time for it."""
+    x, y, _ = batch
+    with autocast:
+        model(x, y)[1].backward()
+    model.zero_grad(set_to_none=True)
+
+
 def restore(optimizers, scaler, checkpoint):
     """Take over the state of a run's optimizers, by the names of the parameters, and return how far it is.
 
@@ -499,7 +520,8 @@ def restore(optimizers, scaler, checkpoint):
                             raise ValueError(f"another shape of {key}")
                         opt.state[p][key] = p.new_empty(shape).copy_(state[key])
         # a run in another precision had none, or has none now
-        scaler.load_state_dict(scaler.state_dict() | checkpoint["scaler"])
+        old, fresh = checkpoint["scaler"], scaler.state_dict()
+        scaler.load_state_dict({key: type(fresh[key])(old.get(key, fresh[key])) for key in fresh})
         return checkpoint["meta"], checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
 
 
@@ -510,9 +532,11 @@ def main(given):
     run = Path(out_dir)
     checkpoint, weights, resume = load_start(run, given)
     config = check_settings(given)
+    # one process of each machine reads all the IDs
     train_data, val_data, meta, tokenizer = load_dataset(
-        dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"]
+        dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"], local_rank == 0
     )
+    train_mask, val_mask = load_mask(dataset, "train", train_data), load_mask(dataset, "val", val_data)
     if checkpoint and tokenizer_of(weights, checkpoint).meta != tokenizer.meta:
         raise UserError(
             f"data/{dataset} has another tokenizer than the weights; prepare your text with theirs: "
@@ -577,6 +601,9 @@ def main(given):
     )
     if warmup_iters >= last_step:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
+    if compiled is not model and not eval_only:
+        first = np.zeros(batch_size, int)
+        compile_now(parallel, get_batch(train_data, train_mask, first, block_size, use_device), autocast)
     gc.freeze()  # what is there stays; and no collection stops a step
     gc.disable()
     bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
@@ -594,8 +621,8 @@ def main(given):
             gc.collect()
             compiled.eval()  # no dropout
             with autocast:
-                train_loss = evaluate(compiled, train_data, use_device)
-                val_loss = evaluate(compiled, val_data, use_device)
+                train_loss = evaluate(compiled, train_data, train_mask, use_device)
+                val_loss = evaluate(compiled, val_data, val_mask, use_device)
             report = (
                 f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
                 f"perplexity {math.exp(min(val_loss, 700)):.2f}"
@@ -623,6 +650,7 @@ def main(given):
                 )
                 metrics.plot()
             if prompt:  # it and 100 tokens more, in float32; each step seeds anew, so these draws change none
+                torch.manual_seed(seed)
                 idx = torch.tensor([prompt], device=use_device)  # (1, T)
                 idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
                 print0(tokenizer.decode(idx[0].tolist()))
@@ -665,13 +693,15 @@ def main(given):
         apart = (stride or block_size) if data_order == "epoch" else None  # None: windows start anywhere
         starts = batch_starts(step, rows, len(train_data), block_size, seed, apart)
         micro_batches = starts.reshape(-1, batch_size)[rank::world_size]  # this process's share
+        learned_tokens = learned_places(train_mask, starts, block_size).sum()  # of all processes
         loss_sum = 0.0
         for i, micro_batch in enumerate(micro_batches):
-            x, y = get_batch(train_data, micro_batch, block_size, use_device)
+            x, y, learned = get_batch(train_data, train_mask, micro_batch, block_size, use_device)
             # DDP, if it is there, averages the gradients over the processes once, after the last micro-batch
             parallel.require_backward_grad_sync = i == len(micro_batches) - 1
             with autocast:
-                loss = parallel(x, y)[1] / len(micro_batches)
+                # DDP's mean over the processes becomes the mean over all tokens of the step that are learned
+                loss = parallel(x, y)[1] * (learned * world_size / max(1, learned_tokens))
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         for opt in optimizers:
@@ -741,7 +771,9 @@ def end(message):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2 * local_rank)
     say(f"train.py: {message}", sys.stderr)
-    os._exit(1)  # an orderly end would wait for a process that is lost
+    if world_size > 1:
+        os._exit(1)  # an orderly end would wait for a process that is lost
+    sys.exit(1)
 
 
 if __name__ == "__main__":
@@ -755,14 +787,14 @@ if __name__ == "__main__":
         end(f"cannot write or read: {error}")
     except torch.OutOfMemoryError:
         end(f"out of memory with {batch_size=}: halve it and double {gradient_accumulation_steps=}")
-    except RuntimeError:
+    except RuntimeError as error:
         # gloo reports a lost process by the type of error that PyTorch has for any mistake: do all meet?
         try:
             if dist.is_initialized():
                 dist.barrier()
         except RuntimeError:
             end(
-                f"another process died, or was silent for {dist_timeout=} seconds; "
+                f"another process died, or was silent for {dist_timeout=} seconds ({error!r:.99}); "
                 f"go on from {out_dir}/ckpt.pt with --init_from=resume"
             )
         raise

@@ -60,7 +60,7 @@ def test_an_epoch_takes_each_window_once(block_size, stride, tokens, rows, seed)
         args = (rows, tokens, block_size, seed, stride)
         seen = np.concatenate([train.batch_starts(epoch * steps + s, *args) for s in range(steps)])
         assert len(seen) == steps * rows == len(set(seen)) and set(seen) <= set(windows)
-        targets = train.get_batch(np.zeros(tokens, np.uint16), seen, block_size, "cpu")[1]
+        targets = train.get_batch(np.zeros(tokens, np.uint16), np.ones(tokens), seen, block_size, "cpu")[1]
         assert (targets >= 0).any(1).all()  # a loss of nothing would not be a number
     if stride <= block_size:
         assert set().union(*(range(s, s + block_size + 1) for s in windows)) >= set(range(tokens))
@@ -86,7 +86,8 @@ def test_evaluation_windows_are_even_and_cover_the_split():
 @given(tokens=st.integers(20, 200), block_size=st.integers(1, 19))
 def test_the_whole_split_predicts_each_token_once(tokens, block_size):
     data = np.arange(tokens, dtype=np.uint16)
-    x, y = train.get_batch(data, train.eval_starts(tokens, block_size, 0), block_size, "cpu")
+    starts = train.eval_starts(tokens, block_size, 0)
+    x, y, _ = train.get_batch(data, np.ones(tokens), starts, block_size, "cpu")
     assert y[y >= 0].tolist() == list(range(1, tokens))
     assert torch.equal(x[y >= 0] + 1, y[y >= 0]) and (x >= 0).all()
 
@@ -95,11 +96,11 @@ def test_windows_as_published(reference):
     published = reference["windows"]
     firsts = published["block_size_4_stride_4_first_eight_inputs"]
     data = np.array([i for row in firsts for i in row], dtype=np.uint16)
-    x, y = train.get_batch(data, np.array([0, 1]), 4, "cpu")
+    x, y, _ = train.get_batch(data, np.ones(len(data)), np.array([0, 1]), 4, "cpu")
     expected = published["block_size_4_stride_1_first_two"]
     assert [[a.tolist(), b.tolist()] for a, b in zip(x, y, strict=True)] == expected
     starts = np.sort(train.batch_starts(0, 7, len(data), 4, 0, stride=4))
-    assert train.get_batch(data, starts, 4, "cpu")[0].tolist() == firsts[:7]
+    assert train.get_batch(data, np.ones(len(data)), starts, 4, "cpu")[0].tolist() == firsts[:7]
     counts = published["split_90_10_by_characters_block_256_stride_256_batch_2"]
     for tokens, split in ((4612, "train_batches"), (534, "val_batches")):
         assert train.count_windows(tokens, 256, 256) // 2 == counts[split]
@@ -212,7 +213,7 @@ def test_an_evaluation_has_batches_of_one_shape(monkeypatch):
             shapes.append(x.shape)
             return model(x, y)
 
-    loss = train.evaluate(Watched(), data, "cpu")
+    loss = train.evaluate(Watched(), data, np.ones(len(data)), "cpu")
     assert shapes == [(4, 8)] * 3
     losses = []
     for start in range(0, len(data) - 1, 8):
@@ -367,7 +368,7 @@ def test_the_verdict_before_training_as_published(tmp_path, monkeypatch, referen
     torch.manual_seed(123)
     model = GPT(GPTConfig(**(reference["gpt_124m"]["config"] | {"block_size": 256}))).eval()
     assert meta["vocab_size"] == 50257 and len(train.eval_starts(len(data), 256, 18)) == 18
-    loss = train.evaluate(model, data, "cpu")
+    loss = train.evaluate(model, data, prepare.load_mask("verdict", "train", data), "cpu")
     assert loss == pytest.approx(reference["loss_before_training"]["the_verdict_train_loss"], abs=1e-5)
 
 

@@ -399,7 +399,7 @@ def test_a_meta_that_makes_no_sense_is_one_line(workdir, tmp_path, monkeypatch, 
     "config",
     [b"", b"[]", b"3", b"\xff", b"[" * 100_000, {"n_embd": "32"}, {"n_layer": 10**9}, {"n_layer": 1.5}]
     + [{"vocab_size": True}, {"n_embd": None}, {"n_head": {}}, {"activation_function": ["gelu"]}]
-    + [{"embd_pdrop": "no"}, {"n_positions": -1}, {"layer_norm_epsilon": "small"}, {"n_inner": []}],
+    + [{"n_positions": -1}, {"layer_norm_epsilon": "small"}, {"n_inner": []}],
 )
 def test_a_hugging_face_config_that_makes_no_sense_is_one_line(tmp_path, config):
     GPT(GPTConfig(8, 64, 1, 2, 32)).save_pretrained(tmp_path)
