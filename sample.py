@@ -3,6 +3,8 @@
 python sample.py --out_dir=out/quickstart --start="The for statement"
 python sample.py --init_from=out/quickstart/ckpt.pt --start=FILE:prompt.txt --num_samples=3 --temperature=0
 python sample.py --init_from=gpt2 --start="The capital of France is" --show_probs=True
+python sample.py --out_dir=out/quickstart --start="The for statement" --max_new_tokens=200 --page=look.html
+python sample.py --out_dir=out/instructions --chat=True
 """
 
 import signal
@@ -12,13 +14,16 @@ from configurator import UserError, configure
 
 out_dir = "out"  # a run of train.py
 init_from = "resume"  # resume (out_dir's best.pt, else ckpt.pt), gpt2 and its sizes, or a checkpoint
-start: str | None = None  # the prompt; FILE:path; -, each line of standard input; None: as a text begins
+start: str | None = None  # a prompt; FILE:path; LINES:path, one a line; -: lines of input; None: a beginning
 num_samples = 1  # how many of a prompt, generated together
 max_new_tokens = 500  # tokens in each
 temperature = 0.8  # below 1 more of what is likely, above 1 more variety; 0: always the likeliest token
 top_k: int | None = 200  # choose among so many likeliest tokens; None: all
 top_p: float | None = None  # choose among the likeliest that have this probability together; None: all
 stop: str | None = None  # end a sample where it has generated this text; end-of-text always ends it
+slide: int | None = None  # a full context moves on by so many tokens at once; None: a quarter of it; 1: exact
+page: str | None = None  # with the text, a new .html file that shows what the model saw
+chat = False  # answer each line of standard input; /new forgets what was said before
 export: str | None = None  # instead of a text: a new folder with model and tokenizer for transformers
 show_probs = False  # instead of a text: a table of the likeliest next tokens at several temperatures
 seed = 1337  # the same seed, the same text
@@ -30,12 +35,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     configure(globals())  # before the slow imports: --help and a mistyped key answer at once
 
+import base64
 import json
 import math
-import mmap
-import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -51,17 +56,23 @@ from model import (
     pick_dtype,
 )
 from prepare import (
+    CHAT_TEMPLATE,
     TextFiles,
     Tokenizer,
     as_hugging_face,
     clean,
     give_up,
     read_json,
+    render,
     speak_utf8,
     tokenizer_of,
     visible,
     weights_path,
+    write_file,
 )
+
+# numbers in a batch: keys, values and some logits of each text; float32 makes 8 GB of them
+BATCH_NUMBERS = 2 << 30
 
 # -- what is read --------------------------------------------------------------------------------------------
 
@@ -77,24 +88,30 @@ def find_checkpoint():
     raise UserError(f"there is no {out_dir}/best.pt; train a run first, or name one by --out_dir")
 
 
+def input_lines():
+    """Each line of standard input, which a terminal is asked for."""
+    ask = "> " if sys.stdin.isatty() else ""
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # clean refuses other bytes
+    print(ask, end="", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        yield line.rstrip("\r\n")
+        print(ask, end="", file=sys.stderr, flush=True)
+
+
 def prompts():
-    """The one that start is, that of a file, or, for "-", each line of standard input. Raises UserError."""
-    if start is None:
-        yield ""
-    elif start.startswith("FILE:"):
-        path = Path(start[5:]).expanduser()
+    """Lists of the prompts that are continued together: one, or, of LINES:path, all. Raises UserError."""
+    kind, _, path = (start or "").partition(":")
+    if kind in ("FILE", "LINES"):
+        path = Path(path).expanduser()
         if not path.is_file():  # a pipe, of which nobody may write the other end
             raise UserError(f"--start={start}: there is no such file")
-        yield "".join(TextFiles([]).read_text(path))  # checked as a corpus is
-    elif start != "-":
-        yield start
+        text = "".join(TextFiles([]).read_text(path))  # checked as a corpus is
+        yield [text] if kind == "FILE" else text.splitlines()
+    elif start == "-":
+        for line in input_lines():
+            yield [line]
     else:
-        ask = "> " if sys.stdin.isatty() else ""
-        print(ask, end="", file=sys.stderr, flush=True)
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # clean refuses other bytes
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
-            print(ask, end="", file=sys.stderr, flush=True)
+        yield [start or ""]
 
 
 def crop(ids, longest):
@@ -124,16 +141,19 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list, stop: str | None):
-        self.tokenizer, self.stop = tokenizer, stop
+        self.tokenizer, self.stop = tokenizer, stop or ""
+        self.ids = []  # all tokens that have come
+        self.text = ""  # all text that is out
+        self.waiting = ""  # text that may be the beginning of stop
         self.held = prompt[-1:]  # tokens whose text is not out yet, after one whose text is
         self.shown = tokenizer.decode(self.held)
-        self.waiting = ""  # text that is not out yet
         self.ended = False
 
     def push(self, token: int) -> str:
         """Take a token; return the text that is ready. Nothing is, once the stream has ended."""
         if self.ended:
             return ""
+        self.ids.append(token)
         if token == self.tokenizer.end_of_text:
             return self.end()
         self.held.append(token)
@@ -143,23 +163,24 @@ class TextStream:
         self.waiting += text[len(self.shown) :]
         self.held = self.held[-1:]  # a word tokenizer needs it to join the next word
         self.shown = self.tokenizer.decode(self.held)
-        if not self.stop:
-            keep = 0
-        elif self.stop in self.waiting:
+        if self.stop and self.stop in self.waiting:
             return self.end()
-        else:
-            # so many characters at the end may be the beginning of stop
-            keep = max(n for n in range(len(self.stop)) if self.waiting.endswith(self.stop[:n]))
-        ready = self.waiting[: len(self.waiting) - keep]
-        self.waiting = self.waiting[len(ready) :]
-        return ready
+        kept = (n for n in range(len(self.stop)) if self.waiting.endswith(self.stop[:n]))
+        return self.release(len(self.waiting) - max(kept, default=0))
 
     def end(self) -> str:
         """No token follows; return the text that was waiting for one."""
         self.ended = True
         text = self.waiting + self.tokenizer.decode(self.held)[len(self.shown) :]
-        self.waiting, self.held, self.shown = "", [], ""
-        return text.split(self.stop)[0] if self.stop else text
+        self.held, self.shown = [], ""
+        self.waiting = text.split(self.stop)[0] if self.stop else text
+        return self.release(len(self.waiting))
+
+    def release(self, length):
+        ready = self.waiting[:length]
+        self.waiting = self.waiting[length:]
+        self.text += ready
+        return ready
 
 
 @torch.no_grad()
@@ -177,29 +198,148 @@ def print_probs(model, tokenizer, ids, device):
         print(repr(tokenizer.decode([token])))
 
 
-def complete(model, tokenizer, prompt, ids, generator):
-    """Print num_samples continuations of a prompt's IDs, made as one batch, the first one as it comes."""
-    idx = torch.tensor([ids] * num_samples, device=generator.device)  # (B, T)
-    sampling = (temperature, top_k, top_p, generator, tokenizer.end_of_text, tokenizer.vocab_size)
-    streams = [TextStream(tokenizer, ids, stop) for _ in range(num_samples)]
-    texts, count, started = [""] * num_samples, 0, time.perf_counter()
-    print(prompt, end="", file=sys.stderr, flush=True)
-    for tokens in model.generate_stream(idx, max_new_tokens, *sampling):  # each (B, 1)
-        count += num_samples
-        for i, token in enumerate(tokens[:, 0].tolist()):
-            text = streams[i].push(token)
-            texts[i] += text
-            if i == 0:
-                print(visible(text, sys.stdout), end="", flush=True)
+def continue_batch(model, tokenizer, batch, shows=False):
+    """Continue token IDs of one length together; returns the TextStream of each.
+
+    batch: [(token IDs, seed)]: each draws as if it were alone. shows: print the first text as it comes.
+    """
+    idx = torch.tensor([ids for ids, _ in batch], device=model.lm_head.weight.device)  # (B, T)
+    generators = [torch.Generator(idx.device).manual_seed(seed) for _, seed in batch]
+    sampling = (temperature, top_k, top_p, generators, tokenizer.end_of_text, tokenizer.vocab_size)
+    move_on = max(1, model.config.block_size // 4) if slide is None else slide
+    streams = [TextStream(tokenizer, ids, stop) for ids, _ in batch]
+    for tokens in model.generate_stream(idx, max_new_tokens, *sampling, move_on):  # each (B, 1)
+        ready = [stream.push(token) for stream, token in zip(streams, tokens[:, 0].tolist(), strict=True)]
+        if shows:
+            print(visible(ready[0], sys.stdout), end="", flush=True)
         if all(stream.ended for stream in streams):
             break
+    ready = [stream.end() for stream in streams]
+    if shows:
+        print(visible(ready[0], sys.stdout), flush=True)
+    return streams
+
+
+def complete(model, tokenizer, prompts):
+    """Print num_samples continuations of each prompt, (text, token IDs); returns the first TextStream."""
+    rows = [(text, ids, seed + i) for text, ids in prompts for i in range(num_samples)]
+    started = time.perf_counter()
+    print(rows[0][0], end="", file=sys.stderr, flush=True)
+    streams = {}  # {number of its row: TextStream}
+    for batch in batches(rows, model.config):
+        texts = continue_batch(model, tokenizer, [rows[i][1:] for i in batch], shows=not streams)
+        streams |= zip(batch, texts, strict=True)
     seconds = time.perf_counter() - started
-    print(visible(streams[0].end(), sys.stdout), flush=True)
-    for text, stream in zip(texts[1:], streams[1:], strict=True):
+    for i in range(1, len(rows)):
         print("---", flush=True)  # in a file too, samples must not run together
-        print(prompt, end="", file=sys.stderr, flush=True)
-        print(visible(text + stream.end(), sys.stdout), flush=True)
+        print(rows[i][0], end="", file=sys.stderr, flush=True)
+        print(visible(streams[i].text, sys.stdout), flush=True)
+    count = sum(len(stream.ids) for stream in streams.values())
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
+    return streams[0]
+
+
+def batches(rows, config):
+    """Lists of the numbers of rows (text, token IDs, seed) made together: of one length, as many as fit."""
+    by_length = {}
+    for i, (_, ids, _) in enumerate(rows):
+        by_length.setdefault(len(ids), []).append(i)
+    # keys and values, and some copies of its logits
+    row_size = 2 * config.n_layer * config.n_embd * config.block_size + 8 * config.vocab_size
+    most = max(1, BATCH_NUMBERS // row_size)
+    for numbers in by_length.values():
+        for start in range(0, len(numbers), most):
+            yield numbers[start : start + most]
+
+
+def answer_lines(model, tokenizer):
+    """Answer each line of standard input, an instruction, with what was said before in the context."""
+    said = []
+    for line in input_lines():
+        if line.strip() == "/new":
+            said = []
+        elif line.strip():
+            messages = [*said, {"role": "user", "content": line}]
+            try:
+                ids = encode_conversation(tokenizer, messages)
+            except UserError as error:  # the next line may do better
+                print(error, file=sys.stderr)
+                continue
+            # the oldest question and its answer make room: half of the context is for the new answer
+            while len(ids) > model.config.block_size // 2 and len(messages) > 1:
+                del messages[:2]
+                ids = encode_conversation(tokenizer, messages)
+            batch = [(crop(ids, model.config.block_size), seed)]
+            answer = continue_batch(model, tokenizer, batch, shows=True)[0].text
+            said = [*messages, {"role": "assistant", "content": answer}]
+
+
+def encode_conversation(tokenizer, messages):
+    """Token IDs, as prepare.py has made them of the conversations that were learned."""
+    return [token for piece in render(messages) for token in tokenizer.encode(piece)]
+
+
+# -- a look inside -------------------------------------------------------------------------------------------
+
+
+def numbers(tensor):
+    """Its numbers as lists, with as many digits as a page needs."""
+    return tensor.double().round(decimals=3).tolist()
+
+
+@torch.no_grad()
+def look_inside(model, tokenizer, ids):
+    """What a model sees in a text of T tokens: the data of assets/look.html.
+
+    model: is left so that attention is spelled out and its weights are kept
+    """
+    parts = model.transformer
+    streams = []  # the residual stream (1, T, C) after the embeddings and after each block
+    weights = []  # of each block's attention, (H, T, T): the share of each earlier token
+    for part in (parts.drop, *parts.h):
+        part.register_forward_hook(lambda _part, _inputs, x: streams.append(x))
+    for block in parts.h:
+        block.attn.attn_dropout.register_forward_hook(lambda _part, _inputs, w: weights.append(w[0]))
+    model.config.flash = False  # the fused kernel makes no weights
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
+    model(idx)
+
+    layers = []
+    for x in streams:  # what would be predicted if the model ended there
+        logits = model.lm_head(parts.ln_f(x))[0, :, : tokenizer.vocab_size]
+        logprobs = logits.float().log_softmax(-1)  # (T, V)
+        top = logprobs.topk(min(10, tokenizer.vocab_size))
+        layers.append({"ids": top.indices.tolist(), "logprobs": numbers(top.values)})
+    found = logprobs[:-1].gather(1, idx[0, 1:, None])  # (T - 1, 1), of the tokens that came
+    temperatures = torch.linspace(0.1, 2, 20).tolist()
+    scales = torch.stack([(logprobs / t).logsumexp(-1) for t in temperatures], dim=1)  # (T, temperatures)
+    known = {*ids, *(token for layer in layers for row in layer["ids"] for token in row)}
+    # a byte for each weight on an earlier token or itself, row by row; the root keeps small ones apart
+    earlier = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    pixels = [(255 * w.cpu().float().sqrt()).round().byte()[:, earlier].numpy().tobytes() for w in weights]
+    return {
+        "ids": ids,
+        "texts": {token: tokenizer.decode([token]) for token in known},
+        "logprobs": numbers(found[:, 0]),
+        "ranks": (1 + (logprobs[:-1] > found).sum(-1)).tolist(),
+        "layers": layers,
+        "temperatures": numbers(torch.tensor(temperatures)),
+        "scales": numbers(scales),
+        "heads": model.config.n_head,
+        "attention": base64.b64encode(zlib.compress(b"".join(pixels))).decode(),
+    }
+
+
+def write_page(data):
+    """Write assets/look.html with the data in it, a page that needs nothing else. Raises OSError."""
+    template = Path(__file__).with_name("assets") / "look.html"
+    text = json.dumps(data).replace("<", "\\u003c")  # nothing in it can end the script that holds it
+    html = template.read_text(encoding="utf-8").replace("PAGE_DATA", text)
+    write_file(Path(page), html.encode())
+    print(f"{page}: open it in a browser", file=sys.stderr)
+
+
+# -- faster steps --------------------------------------------------------------------------------------------
 
 
 def lay_out_input_major(model):
@@ -250,6 +390,9 @@ class GraphedStep:
 
 def optimize_for_generation(model, num_samples, compiled):
     """Make the steps of one token faster, once the model is on its device and of its precision."""
+    # a token of a small model is too little work to share: with 1M parameters two threads gain 6%, with 5M
+    # 25%, with 51M all, and on a busy machine they wait for each other
+    torch.set_num_threads(min(torch.get_num_threads(), 1 + model.num_params() // 4_000_000))
     weight = model.lm_head.weight
     if weight.device.type == "cpu" and weight.dtype == torch.float32 and num_samples not in (2, 3):
         lay_out_input_major(model)
@@ -267,20 +410,11 @@ def optimize_for_generation(model, num_samples, compiled):
 def check_settings():
     """Raises UserError or ModelError where a setting cannot work."""
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("seed", 0)):
-        if not least <= globals()[name] < 2**63:
+        if not least <= globals()[name] < 2**62:
             raise UserError(f"{name} cannot be {globals()[name]}")
+    if num_samples >= 1_000_000:
+        raise UserError(f"{num_samples=} texts do not fit into memory")
     check_sampling(temperature, top_k, top_p)
-
-
-def check_memory(model):
-    """Raises UserError where num_samples would need more than half of the machine's memory."""
-    config = model.config
-    # float32 numbers a sample: keys and values, some copies of its logits, and its text
-    numbers = 2 * config.n_layer * config.n_embd * config.block_size + 8 * config.vocab_size + 1000
-    needed = 4 * num_samples * numbers
-    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows does not say
-    if needed > pages * mmap.PAGESIZE / 2:
-        raise UserError(f"{num_samples=} need {needed >> 30:,} GB of memory")
 
 
 def check_stop(tokenizer):
@@ -309,6 +443,8 @@ def export_folder(checkpoint, tokenizer):
         words = dict.fromkeys(
             ("bos_token", "eos_token", "pad_token"), theirs.id_to_token(tokenizer.end_of_text)
         )
+    if "train_learned" in checkpoint.get("meta", {}):  # it has learned to answer
+        words["chat_template"] = CHAT_TEMPLATE
     words |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.block_size}
     for name, settings in (
         ("config.json", read_json(folder / "config.json") | ids),
@@ -333,30 +469,38 @@ def main():
     check_stop(tokenizer)
     model = GPT.from_checkpoint(checkpoint)
     model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
-    check_memory(model)
     optimize_for_generation(model, num_samples, compile is True)
     source = path
     if "step" in checkpoint:
         best = checkpoint.get("best_val_loss", math.nan)
         source += f": step {checkpoint['step']}, best validation loss {best:.4f}"
-    for prompt in prompts():
-        try:
-            prompt = clean(prompt)
-            ids = tokenizer.encode(prompt) or [first_token(tokenizer)]
-        except UserError as error:  # the prompt has a character that the model does not know
-            if start != "-":
-                raise UserError(f"{error}; choose another --start than {prompt!r:.40}") from None
-            print(error, file=sys.stderr)  # the next line may do better
-            continue
-        if source:
-            print(source, file=sys.stderr)
-            source = ""  # once is enough
-        ids = crop(ids, model.config.block_size)
+    if chat:
+        print(source, file=sys.stderr)
+        return answer_lines(model, tokenizer)
+    for texts in prompts():
+        encoded = []
+        for text in texts:
+            try:
+                ids = tokenizer.encode(clean(text)) or [first_token(tokenizer)]
+            except UserError as error:  # the prompt has a character that the model does not know
+                if start != "-":
+                    raise UserError(f"{error}; choose another --start than {text!r:.40}") from None
+                print(error, file=sys.stderr)  # the next line may do better
+                continue
+            if source:
+                print(source, file=sys.stderr)
+                source = ""  # once is enough
+            encoded.append((clean(text), crop(ids, model.config.block_size)))
         if show_probs:
-            print_probs(model, tokenizer, ids, use_device)
-        else:
-            generator = torch.Generator(use_device).manual_seed(seed)  # a prompt's text depends on no other
-            complete(model, tokenizer, prompt, ids, generator)
+            for _, ids in encoded:
+                print_probs(model, tokenizer, ids, use_device)
+        elif encoded:
+            stream = complete(model, tokenizer, encoded)
+            if page:
+                ids = (encoded[0][1] + stream.ids)[-model.config.block_size :]
+                given = max(0, len(ids) - len(stream.ids))  # of the prompt, what is still in the context
+                data = look_inside(model, tokenizer, ids)
+                return write_page(data | {"source": path, "prompt_tokens": given})
 
 
 if __name__ == "__main__":

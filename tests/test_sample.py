@@ -1,16 +1,21 @@
 """Text out of a checkpoint: what goes to standard output, and what never does."""
 
+import base64
+import json
 import re
 import subprocess
 import sys
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, refused, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import GPT, GPTConfig, load_checkpoint
+import sample
+from model import GPT, GPTConfig, load_checkpoint, rope_angles, rotate
 from prepare import CharTokenizer, WordTokenizer, load_tokenizer
 from sample import TextStream, lay_out_input_major
 
@@ -83,6 +88,110 @@ def test_prompts_by_line(trained, workdir):
     )
     assert done.returncode == 0 and "'€'" in done.stderr
     assert done.stdout == 2 * sampled(workdir, "--temperature=0", "--start=The for statement")
+
+
+def test_a_file_of_prompts_is_as_one_at_a_time(trained, workdir):
+    """Of several lengths, some the same; greedy and drawn, one sample and two; end-of-line kinds alike."""
+    lines = ["The for statement", "A class", "The def statement", ""]
+    (workdir / "lines.txt").write_bytes("\r\n".join(lines).encode() + b"\r\n")
+    for args in (["--temperature=0", "--stop=e"], ["--num_samples=2", "--seed=5"]):
+        alone = [sampled(workdir, f"--start={line}", *args) for line in lines]
+        assert sampled(workdir, "--start=LINES:lines.txt", *args) == "---\n".join(alone)
+    line = refused("sample.py", *ARGS, "--start=LINES:gone.txt", cwd=workdir)
+    assert "gone.txt" in line
+
+
+def test_batches_are_as_large_as_memory_allows(monkeypatch):
+    config = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=4)
+    rows = [("", [0] * n, 0) for n in (3, 5, 3, 3, 5, 3)]
+    assert list(sample.batches(rows, config)) == [[0, 2, 3, 5], [1, 4]]
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2 * (2 * 4 * 8 + 80))
+    assert list(sample.batches(rows, config)) == [[0, 2], [3, 5], [1, 4]]
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 1)
+    assert len(list(sample.batches(rows, config))) == 6
+
+
+def test_past_the_context_it_slides_by_a_quarter(trained, workdir):
+    """--slide=1 recomputes the window for each token; the default is the model's own slide of a quarter."""
+    checkpoint = load_checkpoint(trained / "best.pt")
+    model, tokenizer = GPT.from_checkpoint(checkpoint), load_tokenizer(checkpoint["meta"])
+    prompt = torch.tensor([tokenizer.encode("The for statement")])
+    for args, slide in (([], 8), (["--slide=1"], 1), (["--slide=5"], 5)):
+        expected = model.generate(prompt, 60, temperature=0, slide=slide)[0, prompt.size(1) :].tolist()
+        text = sampled(workdir, "--start=The for statement", "--temperature=0", *args)
+        assert text == tokenizer.decode(expected) + "\n"
+    for slide in (0, 33):
+        done = run("sample.py", *ARGS, f"--slide={slide}", cwd=workdir, check=False)
+        assert done.returncode == 1 and "slide" in done.stderr and "Traceback" not in done.stderr
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_what_the_page_shows_is_what_the_model_computes(position):
+    """Against one head at a time written out by hand, and against the fused forward pass."""
+    torch.manual_seed(0)
+    config = GPTConfig(16, 12, n_layer=3, n_head=2, n_embd=8, position=position, qk_norm=position == "rope")
+    model = GPT(config).eval()
+    for p in model.parameters():
+        p.mul_(10)  # so that attention and predictions differ from place to place
+    ids = torch.randint(10, (13,)).tolist()
+    idx = torch.tensor([ids])
+    fused = model(idx, all_logits=True)[0][0, :, :10].log_softmax(-1)
+    kept = []
+    hook = model.transformer.h[1].attn.c_attn.register_forward_hook(lambda _m, _x, y: kept.append(y[0]))
+    tokenizer = CharTokenizer(list("abcdefghij"))
+    data = sample.look_inside(model, tokenizer, ids)
+    hook.remove()
+
+    assert data["ids"] == ids and data["heads"] == 2 and len(data["layers"]) == 4
+    assert all(data["texts"][i] == "abcdefghij"[i] for i in ids)
+    for t in range(12):
+        assert data["logprobs"][t] == pytest.approx(fused[t, ids[t + 1]].item(), abs=1e-3)
+        assert data["ranks"][t] == 1 + (fused[t] > fused[t, ids[t + 1]]).sum()
+    for t in range(13):
+        last = dict(zip(data["layers"][-1]["ids"][t], data["layers"][-1]["logprobs"][t], strict=True))
+        assert last == pytest.approx(dict(enumerate(fused[t].tolist())), abs=1e-3)
+        for temperature, scale in zip(data["temperatures"], data["scales"][t], strict=True):
+            expected = (fused[t] / temperature).softmax(-1)
+            torch.testing.assert_close((fused[t] / temperature - scale).exp(), expected, atol=2e-3, rtol=2e-3)
+    early = model.lm_head(model.transformer.ln_f(model.transformer.wte(idx)))[0, :, :10]
+    if position == "learned":
+        early = (
+            early * 0
+            + model.lm_head(
+                model.transformer.ln_f(model.transformer.wte(idx) + model.transformer.wpe.weight[:13])
+            )[0, :, :10]
+        )
+    best = early.log_softmax(-1).max(-1)
+    assert [row[0] for row in data["layers"][0]["ids"]] == best.indices.tolist()
+    assert [row[0] for row in data["layers"][0]["logprobs"]] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+    weights = np.frombuffer(zlib.decompress(base64.b64decode(data["attention"])), "u1").reshape(3, 2, 91)
+    weights = (weights / 255.0) ** 2
+    q, k, _ = kept[0].view(13, 3, 2, 4).permute(1, 2, 0, 3)  # each (2, 13, 4)
+    if position == "rope":
+        q, k = (torch.nn.functional.rms_norm(x, (4,), eps=1e-6) for x in (q, k))
+        q, k = (rotate(x[None], *rope_angles(torch.arange(13), 4))[0] for x in (q, k))
+    place = 0
+    for i in range(13):
+        expected = (q[:, i : i + 1] @ k[:, : i + 1].mT / 2).softmax(-1)[:, 0]
+        found = torch.from_numpy(weights[1, :, place : place + i + 1]).float()
+        torch.testing.assert_close(found, expected, atol=0.005, rtol=0)
+        place += i + 1
+
+
+def test_a_page_of_any_text_is_one_script_element(trained, workdir):
+    """Nothing in it ends the script that holds the data, and the template has one place for it."""
+    template = (REPO / "assets" / "look.html").read_text(encoding="utf-8")
+    assert template.count("PAGE_DATA") == 1
+    run("sample.py", *ARGS, "--start=</script><b>", "--page=out/page.html", cwd=workdir)
+    html = (workdir / "out" / "page.html").read_text(encoding="utf-8")
+    assert html.count("</script>") == template.count("</script>")
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', html, re.DOTALL)
+    data = json.loads(found[1])
+    assert len(data["ids"]) == 32 and data["source"] == "out/trained/best.pt" and data["prompt_tokens"] == 0
+    done = run("sample.py", *ARGS, "--page=out", cwd=workdir, check=False)  # a folder
+    assert done.returncode == 1 and "sample.py: " in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_a_long_prompt_is_cropped_and_said(trained, workdir):
