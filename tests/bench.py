@@ -426,6 +426,71 @@ def bench_sample(args: argparse.Namespace) -> None:
     print(json.dumps({"bench": "sample", **vars(args), "run": None, "results": results, "memory": memory}))
 
 
+def loss_past_the_context(model: Any, ids: Any, slide: int) -> float:
+    """Mean loss of tokens whose context is full, when it moves on by slide tokens at once.
+
+    ids: (tokens,) int64. Then each context begins at a multiple of slide, and its last slide places predict.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    size = model.config.block_size
+    starts = range(0, len(ids) - size, slide)
+    losses = []
+    with torch.no_grad():
+        for some in range(0, len(starts), 16):
+            places = torch.tensor(starts[some : some + 16])[:, None] + torch.arange(size)
+            logits = model(ids[places], all_logits=True)[0][:, -slide:]
+            targets = ids[places + 1][:, -slide:]
+            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def bench_slide(args: argparse.Namespace) -> None:
+    """Speed within the context and past it, and the loss, when a full context moves on by more or less."""
+    import torch
+
+    from model import GPT, GPTConfig, load_checkpoint
+    from prepare import load_dataset, weights_path
+    from sample import optimize_for_generation
+
+    ids = None
+    torch.manual_seed(0)
+    if args.init_from == "random":
+        model = GPT(GPTConfig(vocab_size=50257)).eval()
+    else:
+        checkpoint = load_checkpoint(weights_path(args.init_from))
+        model = GPT.from_checkpoint(checkpoint)
+        val = load_dataset(checkpoint["meta"]["dataset"], model.config.block_size)[1]
+        ids = torch.tensor(val[: args.score])
+    optimize_for_generation(model, 1, False)
+    size = model.config.block_size
+    rates: dict[int, list[float]] = {}
+    for _ in range(args.rounds):  # in turns; 0 stands for the rate within the context
+        for slide in (0, 1, size // 8, size // 4, size // 2):
+            idx = torch.zeros(1, size - args.tokens if slide == 0 else size + 1, dtype=torch.int64)
+            # whole turns, so that each pays for its computations of the cache
+            n = args.tokens if slide == 0 else max(1, args.tokens // slide) * slide
+            n = 4 if slide == 1 else n
+            model.generate(idx, 1)
+            start = time.perf_counter()
+            model.generate(idx, n, slide=max(1, slide))
+            taken = time.perf_counter() - start
+            if slide == 0:  # without the prompt, which is as long for one token
+                start = time.perf_counter()
+                model.generate(idx, 1)
+                taken -= time.perf_counter() - start
+                n -= 1
+            rates.setdefault(slide, []).append(n / taken)
+    within = statistics.median(rates[0])
+    print(f"{'slide':>10} {'tokens/s':>10} {'of the rate within':>20} {'loss':>8}")
+    for slide, values in rates.items():
+        rate = statistics.median(values)
+        loss = f"{loss_past_the_context(model, ids, slide):.4f}" if ids is not None and slide else ""
+        print(f"{slide or 'within':>10} {rate:10.1f} {rate / within:20.2f} {loss:>8}", flush=True)
+    print(json.dumps({"bench": "slide", **vars(args), "run": None, "rates": rates}))
+
+
 # -- a GPU ---------------------------------------------------------------------------------------------------
 
 GPT2_SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024), "1558M": (48, 25, 1600)}
@@ -839,6 +904,12 @@ def main() -> None:
     sample.add_argument("--compile", action="store_true", help="ours compiled as well")
     sample.add_argument("--only", help=argparse.SUPPRESS)
     sample.set_defaults(run=bench_sample)
+    slide = commands.add_parser("slide", help="generation past the context: its speed and its loss")
+    slide.add_argument("--init_from", default="random", help="random weights of 124M, or a run's checkpoint")
+    slide.add_argument("--tokens", type=int, default=64, help="generated in each measurement, and more")
+    slide.add_argument("--score", type=int, default=10_000, help="tokens of validation text to score")
+    slide.add_argument("--rounds", type=int, default=3)
+    slide.set_defaults(run=bench_slide)
     tokenize = commands.add_parser(
         "tokenize", help="MB/s and memory of prepare.py --tokenizer=gpt2, on Linux"
     )
