@@ -462,7 +462,7 @@ def bench_slide(args: argparse.Namespace) -> None:
         checkpoint = load_checkpoint(weights_path(args.init_from))
         model = GPT.from_checkpoint(checkpoint)
         val = load_dataset(checkpoint["meta"]["dataset"], model.config.block_size)[1]
-        ids = torch.tensor(val[: args.score])
+        ids = torch.tensor(val[: args.score].astype("int64"))
     optimize_for_generation(model, 1, False)
     size = model.config.block_size
     rates: dict[int, list[float]] = {}

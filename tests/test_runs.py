@@ -5,11 +5,13 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +231,63 @@ def test_two_machines(workdir, alone):
     assert_close(folder, alone)
 
 
+@pytest.fixture
+def two_networks():
+    """Two hosts on a network of their own, whose names lead to themselves, as Ubuntu has it: their names."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "hostname"))):
+        pytest.skip("network namespaces need root, and the programs ip, unshare and hostname")
+    names = [f"gpt{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for i, name in enumerate(names):
+            if subprocess.run(["ip", "netns", "add", name]).returncode:
+                pytest.skip("this machine does not let us make network namespaces")
+            hosts = Path("/etc/netns", name, "hosts")  # ip netns exec puts it in place of /etc/hosts
+            hosts.parent.mkdir(parents=True)
+            other = f"10.77.0.{2 - i} {names[1 - i]}"
+            hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{other}\n")
+        link = ["ip", "link", "add", "veth0", "netns", names[0]]
+        subprocess.run([*link, "type", "veth", "peer", "veth0", "netns", names[1]], check=True)
+        for i, name in enumerate(names, 1):
+            for command in (f"addr add 10.77.0.{i}/24 dev veth0", "link set veth0 up", "link set lo up"):
+                subprocess.run(["ip", "-n", name, *command.split()], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+
+
+def test_two_machines_whose_names_lead_to_themselves(workdir, alone, two_networks):
+    """gloo finds the network by the host's name; README says how to name the interface instead."""
+    assert "GLOO_SOCKET_IFNAME=eth0 torchrun" in (REPO / "README.md").read_text(encoding="utf-8")
+    for interface, works in (("veth0", True), (None, False)):
+        folder = workdir / "out" / f"networks_{works}"
+        flags = " ".join(two_nodes()).replace("127.0.0.1", two_networks[0]).split()
+        args = [f"--out_dir={folder}", "--dist_timeout=20"]
+        processes = []
+        for name in two_networks:
+            command = [
+                "unshare",
+                "--uts",
+                "sh",
+                "-c",
+                f'hostname {name} && exec "$@"',
+                "sh",
+                *TORCHRUN,
+                *flags,
+            ]
+            command += [REPO / "train.py", *SHARED, *args]
+            env = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+            processes.append(start("ip", "netns", "exec", name, *command, cwd=workdir, env=env))
+        said = [process.communicate()[0] for process in processes]
+        assert all((process.returncode == 0) == works for process in processes), said
+        if works:
+            assert_close(folder, alone)
+        else:
+            lines = [line for text in said for line in text.splitlines() if line.startswith("train.py: ")]
+            assert any("GLOO_SOCKET_IFNAME" in line or "connect" in line for line in lines), said
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_two_machines_come_back_after_either_loses_its_process(workdir, alone, victim):
     folder = workdir / "out" / f"nodes_{victim}"
@@ -326,3 +385,16 @@ def test_weights_that_are_not_finite_are_never_saved(workdir):
     )
     good = torch.load(workdir / "out" / "unseen" / "ckpt.pt", weights_only=True)
     assert good["step"] == 0 and all(tensor.isfinite().all() for tensor in good["model"].values())
+
+
+def test_no_step_waits_for_the_garbage_collector(workdir):
+    """Once the loop has begun, garbage is collected at evaluations alone: steps 0, 10 and 20."""
+    code = (
+        "import gc, runpy, sys; seen = []\n"
+        "gc.callbacks.append(lambda phase, _: seen.append(gc.isenabled()) if phase == 'start' else None)\n"
+        f"sys.path.insert(0, {str(REPO)!r}); sys.argv[0] = {str(REPO / 'train.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "print(seen.count(False), gc.get_freeze_count() > 100_000)"
+    )
+    args = [*TINY, "--max_iters=20", "--eval_interval=10", "--out_dir=out/garbage"]
+    assert run("-c", code, *args, cwd=workdir).stdout.splitlines()[-1] == "3 True"
