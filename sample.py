@@ -106,7 +106,7 @@ def prompts():
         if not path.is_file():  # a pipe, of which nobody may write the other end
             raise UserError(f"--start={start}: there is no such file")
         text = "".join(TextFiles([]).read_text(path))  # checked as a corpus is
-        yield [text] if kind == "FILE" else text.splitlines()
+        yield [text] if kind == "FILE" else text.splitlines() or [""]
     elif start == "-":
         for line in input_lines():
             yield [line]
@@ -119,6 +119,12 @@ def crop(ids, longest):
     if len(ids) > longest:
         print(f"the prompt is cropped to its last {longest} of {len(ids)} tokens", file=sys.stderr)
     return ids[-longest:]
+
+
+def encode_prompt(tokenizer, text, longest):
+    """The text, cleaned, and its token IDs, as many as the model can look at. Raises UserError."""
+    text = clean(text)
+    return text, crop(tokenizer.encode(text) or [first_token(tokenizer)], longest)
 
 
 def first_token(tokenizer):
@@ -478,23 +484,20 @@ def main():
         print(source, file=sys.stderr)
         return answer_lines(model, tokenizer)
     for texts in prompts():
-        encoded = []
-        for text in texts:
-            try:
-                ids = tokenizer.encode(clean(text)) or [first_token(tokenizer)]
-            except UserError as error:  # the prompt has a character that the model does not know
-                if start != "-":
-                    raise UserError(f"{error}; choose another --start than {text!r:.40}") from None
-                print(error, file=sys.stderr)  # the next line may do better
-                continue
-            if source:
-                print(source, file=sys.stderr)
-                source = ""  # once is enough
-            encoded.append((clean(text), crop(ids, model.config.block_size)))
+        try:
+            encoded = [encode_prompt(tokenizer, text, model.config.block_size) for text in texts]
+        except UserError as error:  # a prompt has a character that the model does not know
+            if start != "-":
+                raise UserError(f"{error}; choose another --start") from None
+            print(error, file=sys.stderr)  # the next line may do better
+            continue
+        if source:
+            print(source, file=sys.stderr)
+            source = ""  # once is enough
         if show_probs:
             for _, ids in encoded:
                 print_probs(model, tokenizer, ids, use_device)
-        elif encoded:
+        else:
             stream = complete(model, tokenizer, encoded)
             if page:
                 ids = (encoded[0][1] + stream.ids)[-model.config.block_size :]

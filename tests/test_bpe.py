@@ -1,5 +1,7 @@
 """A vocabulary of one's own, losses that compare, and folders that Hugging Face's tools take as is."""
 
+import argparse
+import inspect
 import json
 import math
 import shutil
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import MIRROR, TINY, metrics, needs_mirror, refused, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import prepare
@@ -16,6 +20,9 @@ from model import GPT, GPTConfig, ModelError
 END = "<|endoftext|>"
 KINDS = ["bpe", "char", "english"] if MIRROR else ["bpe", "char"]  # datasets, each with another tokenizer
 CHINESE = "人之初,性本善。性相近,习相远。\n苟不教,性乃迁。教之道,贵以专。\n" * 60
+
+
+RUSSIAN = "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил.\n" * 40
 
 
 def prepared(folder, *args):
@@ -91,6 +98,44 @@ def test_it_learns_from_the_training_text_alone_and_the_same_again(work):
 def test_it_shortens_chinese(work):
     meta = json.loads((work / "data" / "zh" / "meta.json").read_text(encoding="utf-8"))
     assert len(CHINESE) / (meta["train_tokens"] + meta["val_tokens"]) > 1.5  # characters a token
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return prepare.BPETokenizer.trained([prepare.pydocs()[:50_000], CHINESE, RUSSIAN], 600)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text()
+    | st.lists(st.sampled_from(["人之初", "душой", " the", "\n\n ", "🙂", "'s", END])).map("".join)
+)
+def test_any_text_comes_back_from_the_ids_of_the_package(learned, text):
+    ids = learned.encode(text)
+    assert ids == learned.bpe.encode(text, add_special_tokens=False).ids
+    assert learned.decode(ids) == text and max(ids, default=0) < 600
+    assert learned.byte_lengths()[ids].sum() == len(text.replace(END, "").encode())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("language", ["chinese", "russian", "source"])
+def test_a_language_from_its_text_to_a_folder_for_others(tmp_path, language):
+    """Prepared, trained, resumed, sampled and exported; Hugging Face's tools write the same text."""
+    from transformers import pipeline
+
+    text = {"chinese": CHINESE * 5, "russian": RUSSIAN * 20, "source": inspect.getsource(argparse)}[language]
+    (tmp_path / "it.txt").write_text(text, encoding="utf-8")
+    prepared(tmp_path, "it.txt", "--tokenizer=bpe", "--vocab_size=500", "--name=it")
+    args = [*TINY.split(), "--dataset=it", "--out_dir=out/it"]
+    run("train.py", *args, "--max_iters=40", cwd=tmp_path)
+    run("train.py", "--init_from=resume", "--out_dir=out/it", "--max_iters=60", cwd=tmp_path)
+    run("sample.py", "--out_dir=out/it", "--export=hf", cwd=tmp_path)
+    prompt = text[:9]
+    theirs = pipeline("text-generation", str(tmp_path / "hf"))(prompt, max_new_tokens=15, do_sample=False)
+    ours = greedy(tmp_path, "it", prompt, 15)
+    assert theirs[0]["generated_text"].rstrip("\N{REPLACEMENT CHARACTER}") == (prompt + ours).rstrip(
+        "\N{REPLACEMENT CHARACTER}"  # half a character, where the 15th token ends in its middle
+    )
 
 
 @pytest.mark.parametrize("size", ["0", "256", "65537", "many"])
