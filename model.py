@@ -352,7 +352,8 @@ class GPT(nn.Module):
         cache_size = block_size if self.compiled_step else min(block_size, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
         ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
-        new, step = idx, self.next_logits  # the tokens that are not in the cache yet, and what takes them in
+        new = idx = idx[:, -block_size:]
+        step = self.next_logits  # the tokens that are not in the cache yet, and what takes them in
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:
                 # the context moves on, and with it the position of each token: nothing cached is of use
@@ -455,10 +456,9 @@ class GPT(nn.Module):
 
         config = self.config
         activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
-        if config.activation not in activations or config.position != "learned" or config.qk_norm:
-            raise ModelError(
-                "Hugging Face's GPT-2 cannot express activation=relu2, position=rope or qk_norm=True"
-            )
+        for name, values in (("position", ["learned"]), ("qk_norm", [False]), ("activation", activations)):
+            if getattr(config, name) not in values:
+                raise ModelError(f"Hugging Face's GPT-2 cannot express {name}={getattr(config, name)}")
         settings = {theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}
         settings |= {
             "model_type": "gpt2",
@@ -599,6 +599,7 @@ CHECKPOINT_FIELDS = {
     "tokens": int,
     "seconds": float,
     "best_val_loss": float,
+    "evaluations_since_best": int,
     "measured_by": list,
     "optimizer": list,
     "scaler": dict,

@@ -427,7 +427,7 @@ class BPETokenizer(Tokenizer):
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
         if end_of_text is not None:
-            if not 0 <= end_of_text < self.vocab_size:
+            if self.bpe.id_to_token(end_of_text) is None:
                 raise UserError(f"end-of-text has the ID {end_of_text!r:.20}, which the vocabulary lacks")
             # meta holds what was given, or loading it would make another tokenizer.
             self.meta["end_of_text"] = self.end_of_text = end_of_text
@@ -454,6 +454,8 @@ class BPETokenizer(Tokenizer):
         return cls(json.loads(bpe.to_str()))
 
     def encode(self, text):
+        if text == END_OF_TEXT and self.end_of_text is not None:
+            return [self.end_of_text]  # which another vocabulary may write as </s>
         # Of the package's ways the quickest, for it keeps no places in the text.
         return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
@@ -644,7 +646,7 @@ TEMPLATE = {"system": "{}\n\n", "user": "### Instruction:\n{}\n\n### Response:\n
 # The same for Hugging Face's tools, in their language, Jinja.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% set text = message.content | trim %}"
-    "{% if message.role == 'assistant' %}{{ text }}<|endoftext|>"
+    "{% if message.role == 'assistant' %}{{ text }}{{ eos_token }}"
     "{% elif message.role == 'system' %}{{ text }}\n\n"
     "{% else %}### Instruction:\n{{ text }}\n\n### Response:\n{% endif %}{% endfor %}"
 )
@@ -661,14 +663,24 @@ def render(messages):
     question = ""  # all that is read before an answer, in one piece, for a token may reach over its parts
     for message in messages:
         role, content = message["role"], clean(message["content"]).strip()
-        if END_OF_TEXT in content or role not in ("assistant", *TEMPLATE):
-            raise UserError(f"{END_OF_TEXT} in a message, or {role!r:.40} for its role")
+        if END_OF_TEXT in content:
+            raise UserError(f"{END_OF_TEXT} cannot be part of a message, for it ends an answer")
+        if role not in ("assistant", *TEMPLATE):
+            raise UserError(f"{role!r:.40} is no role of a message")
         if role == "assistant":
             pieces += [Prompt(question), content, END_OF_TEXT]
             question = ""
         else:
             question += TEMPLATE[role].format(content)
     return [*pieces, Prompt(question)]
+
+
+def answered(pieces):
+    """The pieces of a conversation that ends with an answer, without its end, which every document gets."""
+    *pieces, end, question = ["", *pieces]
+    if end != END_OF_TEXT or question:
+        raise UserError("the conversation does not end with an answer")
+    return pieces
 
 
 def as_messages(example):
@@ -749,7 +761,7 @@ class TextFiles:
 
     files: list
     errors: str = "strict"
-    text_key: str = "text"
+    text_key: str | None = None  # None: "text", where a record is no conversation
     encoding: str = "utf-8"
 
     def __iter__(self):
@@ -759,7 +771,7 @@ class TextFiles:
             if suffix == ".jsonl":
                 records = self.read_jsonl(path)
             elif suffix == ".parquet":
-                records = read_parquet(path, {self.text_key, "messages", *EXAMPLE})
+                records = read_parquet(path, {self.text_key or "text", "messages", *EXAMPLE})
             elif suffix == ".json" and self.is_array(path):
                 records = self.read_json(path)
             else:
@@ -786,18 +798,20 @@ class TextFiles:
                 yield piece
 
     def read_jsonl(self, path):
-        """(number, text) of each line that is not blank."""
+        """(number, object) of each line that is not blank."""
         with open_text(path, self.errors, self.encoding) as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
                 if len(line) == LONGEST:
                     raise UserError(f"{path}, line {number} is longer than {LONGEST:,} characters")
                 if line.strip():
-                    yield number, line
+                    with user_error(f"{path}, line {number}"):
+                        record = json.loads(line)
+                    yield number, record
 
     def is_array(self, path):
         """Whether a .json file is an array of objects. Another is text like any other."""
         with open_text(path, self.errors, self.encoding) as file:
-            return re.match(r"\s*\[\s*\{", file.read(1000))
+            return re.match(r"\s*\[\s*[{\]]", file.read(1000))
 
     def read_json(self, path):
         """(number, object) of an array."""
@@ -808,23 +822,18 @@ class TextFiles:
             yield from enumerate(json.loads(text), 1)
 
     def documents_of(self, record):
-        """The documents of a record: those of the text that it has under text_key, or its conversation."""
-        if isinstance(record, str):  # a line
-            record = json.loads(record)
-        # A table has None where a row lacks something.
-        record = {key: value for key, value in record.items() if value is not None}
-        messages = record.get("messages")
-        if "instruction" in record:
-            messages = as_messages(record)
-        if messages is not None:
-            *pieces, _end, question = render(messages)  # as any document, it is ended where its side is known
-            if question:
-                raise ValueError("the conversation does not end with an answer")
-            return [pieces]
-        if self.text_key not in record:
-            raise ValueError(f"no text under --text_key={self.text_key}, and no conversation")
-        text = record[self.text_key].encode("utf-8", self.errors).decode()
-        return split_at_ends([clean(text)])
+        """The documents of a record: its conversation, or those of its text. Raises ValueError."""
+        try:
+            # A table has None where a row lacks something.
+            record = {key: value for key, value in record.items() if value is not None}
+            if "instruction" in record and self.text_key is None:
+                record["messages"] = as_messages(record)
+            if "messages" in record and self.text_key is None:
+                return [answered(render(record["messages"]))]
+            text = record[self.text_key or "text"].encode("utf-8", self.errors).decode()
+            return split_at_ends([clean(text)])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"no text under --text_key, and no conversation: {error!r}") from None
 
 
 def read_parquet(path, columns):
@@ -1061,10 +1070,9 @@ def load_mask(name, split, data):
     path = Path("data", Path(name).name, f"{split}_mask.bin")
     if not path.exists():
         return np.broadcast_to(np.uint8(1), len(data))  # which takes no memory
-    mask = np.memmap(path, "u1", "r")
-    if len(mask) != len(data):
+    if path.stat().st_size != len(data):
         raise UserError(f"{path} does not belong to {split}.bin: prepare both anew")
-    return mask
+    return np.memmap(path, "u1", "r")
 
 
 @contextmanager
@@ -1438,7 +1446,7 @@ def main():
     add("--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)")
     add("--name", help="the folder in data/; default: the corpus's or the first file's name")
     add("--shards", type=int, default=1, help="of fineweb, 100M tokens each (%(default)s)")
-    add("--text_key", default="text", help="what a line of .jsonl calls its text (%(default)s)")
+    add("--text_key", help="what a record calls its text (text, where it is no conversation)")
     add("--encoding", default="utf-8", help="of the text (%(default)s)")
     add("--errors", choices=["strict", "replace"], default="strict", help="where text is of another encoding")
     speak_utf8()

@@ -22,7 +22,7 @@ top_k: int | None = 200  # choose among so many likeliest tokens; None: all
 top_p: float | None = None  # choose among the likeliest that have this probability together; None: all
 stop: str | None = None  # end a sample where it has generated this text; end-of-text always ends it
 slide: int | None = None  # a full context moves on by so many tokens at once; None: a quarter of it; 1: exact
-page: str | None = None  # with the text, a new .html file that shows what the model saw
+page: str | None = None  # with the text, a .html file that shows what the model saw
 chat = False  # answer each line of standard input; /new forgets what was said before
 export: str | None = None  # instead of a text: a new folder with model and tokenizer for transformers
 show_probs = False  # instead of a text: a table of the likeliest next tokens at several temperatures
@@ -54,6 +54,7 @@ from model import (
     next_token_probs,
     pick_device,
     pick_dtype,
+    value_or,
 )
 from prepare import (
     CHAT_TEMPLATE,
@@ -100,13 +101,13 @@ def input_lines():
 
 def prompts():
     """Lists of the prompts that are continued together: one, or, of LINES:path, all. Raises UserError."""
-    kind, _, path = (start or "").partition(":")
-    if kind in ("FILE", "LINES"):
+    kind, colon, path = (start or "").partition(":")
+    if colon and kind in ("FILE", "LINES"):
         path = Path(path).expanduser()
         if not path.is_file():  # a pipe, of which nobody may write the other end
             raise UserError(f"--start={start}: there is no such file")
         text = "".join(TextFiles([]).read_text(path))  # checked as a corpus is
-        yield [text] if kind == "FILE" else text.splitlines() or [""]
+        yield [text] if kind == "FILE" else text.removesuffix("\n").split("\n")
     elif start == "-":
         for line in input_lines():
             yield [line]
@@ -207,12 +208,12 @@ def print_probs(model, tokenizer, ids, device):
 def continue_batch(model, tokenizer, batch, shows=False):
     """Continue token IDs of one length together; returns the TextStream of each.
 
-    batch: [(token IDs, seed)]: each draws as if it were alone. shows: print the first text as it comes.
+    batch: [(token IDs, its seed)]: each draws as if it were alone. shows: print the first text as it comes.
     """
     idx = torch.tensor([ids for ids, _ in batch], device=model.lm_head.weight.device)  # (B, T)
-    generators = [torch.Generator(idx.device).manual_seed(seed) for _, seed in batch]
+    generators = [torch.Generator(idx.device).manual_seed(its_seed) for _, its_seed in batch]
     sampling = (temperature, top_k, top_p, generators, tokenizer.end_of_text, tokenizer.vocab_size)
-    move_on = max(1, model.config.block_size // 4) if slide is None else slide
+    move_on = value_or(slide, max(1, model.config.block_size // 4))
     streams = [TextStream(tokenizer, ids, stop) for ids, _ in batch]
     for tokens in model.generate_stream(idx, max_new_tokens, *sampling, move_on):  # each (B, 1)
         ready = [stream.push(token) for stream, token in zip(streams, tokens[:, 0].tolist(), strict=True)]
@@ -253,9 +254,9 @@ def batches(rows, config):
     # keys and values, and some copies of its logits
     row_size = 2 * config.n_layer * config.n_embd * config.block_size + 8 * config.vocab_size
     most = max(1, BATCH_NUMBERS // row_size)
-    for numbers in by_length.values():
-        for start in range(0, len(numbers), most):
-            yield numbers[start : start + most]
+    for same in by_length.values():
+        for place in range(0, len(same), most):
+            yield same[place : place + most]
 
 
 def answer_lines(model, tokenizer):
@@ -341,7 +342,7 @@ def write_page(data):
     template = Path(__file__).with_name("assets") / "look.html"
     text = json.dumps(data).replace("<", "\\u003c")  # nothing in it can end the script that holds it
     html = template.read_text(encoding="utf-8").replace("PAGE_DATA", text)
-    write_file(Path(page), html.encode())
+    write_file(Path(page).expanduser(), html.encode())
     print(f"{page}: open it in a browser", file=sys.stderr)
 
 
@@ -418,6 +419,8 @@ def check_settings():
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("seed", 0)):
         if not least <= globals()[name] < 2**62:
             raise UserError(f"{name} cannot be {globals()[name]}")
+    if page and (not page.endswith(".html") or Path(page).is_dir() or chat or show_probs or start == "-"):
+        raise UserError(f"--page={page}: it takes a name that ends in .html, and goes with a text alone")
     if num_samples >= 1_000_000:
         raise UserError(f"{num_samples=} texts do not fit into memory")
     check_sampling(temperature, top_k, top_p)
@@ -433,7 +436,7 @@ def check_stop(tokenizer):
 
 def export_folder(checkpoint, tokenizer):
     """Write a Hugging Face folder that works as it stands. Raises ModelError or UserError where it cannot."""
-    folder = Path(export)
+    folder = Path(export).expanduser()
     if folder.exists():
         raise UserError(f"{folder} is there already; --export wants a new folder")
     theirs = as_hugging_face(tokenizer)
@@ -480,6 +483,10 @@ def main():
     if "step" in checkpoint:
         best = checkpoint.get("best_val_loss", math.nan)
         source += f": step {checkpoint['step']}, best validation loss {best:.4f}"
+    if not 1 <= value_or(slide, 1) <= model.config.block_size:
+        raise UserError(f"--slide={slide} must be from 1 to block_size={model.config.block_size}")
+    if chat and tokenizer.end_of_text is None:
+        raise UserError("--chat=True needs a vocabulary with end-of-text, by which an answer ends")
     if chat:
         print(source, file=sys.stderr)
         return answer_lines(model, tokenizer)
@@ -501,9 +508,9 @@ def main():
             stream = complete(model, tokenizer, encoded)
             if page:
                 ids = (encoded[0][1] + stream.ids)[-model.config.block_size :]
-                given = max(0, len(ids) - len(stream.ids))  # of the prompt, what is still in the context
+                prompt_tokens = max(0, len(ids) - len(stream.ids))  # those still in the context
                 data = look_inside(model, tokenizer, ids)
-                return write_page(data | {"source": path, "prompt_tokens": given})
+                return write_page(data | {"source": path, "prompt_tokens": prompt_tokens})
 
 
 if __name__ == "__main__":

@@ -231,6 +231,10 @@ def evaluate(model, data, mask, device):
         loss_sum += model(x, y)[1].item() * learned
         count += learned
     loss_sum, count = sum_over_processes([loss_sum, count], device)
+    if count == 0:
+        raise UserError(
+            "no window of the evaluation has a token to be learned; --eval_iters=0 takes them all"
+        )
     return loss_sum / count
 
 
@@ -525,6 +529,17 @@ def restore(optimizers, scaler, checkpoint):
         return checkpoint["meta"], checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
 
 
+def loss_to_beat(path, measured_by):
+    """The validation loss of best.pt, where it was measured on this data in this way; else infinity."""
+    if path.exists():
+        best = load_checkpoint(path)
+        if best.get("measured_by") == measured_by:
+            return best["best_val_loss"]
+        if not eval_only:
+            warn("best.pt was measured on other data or in another way: the next evaluation replaces it")
+    return math.inf
+
+
 def main(given):
     """The whole run. given: the settings that are not left at their defaults, as configure returns them."""
     # -- what is given: a checkpoint to start from, settings, a dataset
@@ -554,17 +569,13 @@ def main(given):
     for_muon = muon_learning_rate if optimizer == "muon" else None
     optimizers = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), for_muon)
     measured_by = [meta, eval_iters, batch_size, dtype]  # what a validation loss belongs to
-    step, tokens, seconds, best_val_loss, best_step = 0, 0, 0.0, math.inf, 0
+    step, tokens, seconds, best_val_loss, waited = 0, 0, 0.0, math.inf, 0
     if resume:
         old_meta, step, tokens, seconds = restore(optimizers, scaler, checkpoint)
+        waited = checkpoint.get("evaluations_since_best", 0)
         if old_meta != meta:
             warn("the dataset is not what the run has read so far: it goes on with other data")
-        if (run / "best.pt").exists():
-            best = load_checkpoint(run / "best.pt")
-            if best.get("measured_by") == measured_by:
-                best_val_loss, best_step = best["best_val_loss"], best["step"]
-            else:
-                warn("best.pt was measured on other data or in another way: the next evaluation replaces it")
+        best_val_loss = loss_to_beat(run / "best.pt", measured_by)
     del checkpoint  # give its memory back
     if sum_over_processes([step], use_device)[0] != step * world_size:
         raise UserError("not every machine finds the same checkpoint: all must share the folder out_dir")
@@ -599,7 +610,7 @@ def main(given):
         f"{model.num_params():,} parameters on {use_device}, {use_dtype}\n"
         f"from step {step} to {last_step}, {rows * block_size:,} tokens a step, of {train_data.filename}"
     )
-    if warmup_iters >= last_step:
+    if warmup_iters >= last_step > 0:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
     if compiled is not model and not eval_only:
         first = np.zeros(batch_size, int)
@@ -609,8 +620,8 @@ def main(given):
     bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
 
     # -- the loop: evaluate, save, step, log
-    stopping = False
-    logged_tokens, logged_seconds = tokens, seconds
+    stopping, saved = False, True  # whether the last checkpoint could be written
+    first_step, logged_tokens, logged_seconds = step, tokens, seconds
     flops_per_token = model.flops_per_token()
     while True:
         # evaluate: at the start, every eval_interval steps and at the end, on the same windows every time
@@ -635,8 +646,10 @@ def main(given):
             stop_if_not_finite(train_loss + val_loss, report)
             improved = val_loss < best_val_loss
             if improved:
-                best_val_loss, best_step = val_loss, step
-            if patience and step - best_step >= patience * eval_interval:
+                best_val_loss, waited = val_loss, 0
+            elif step > first_step:  # a resumed run has counted this one already
+                waited += 1
+            if patience and waited >= patience:
                 print0("patience is at its end: no better validation loss for so many evaluations")
                 ends = True
             if metrics:
@@ -669,6 +682,7 @@ def main(given):
                     "tokens": tokens,
                     "seconds": seconds,
                     "best_val_loss": best_val_loss,
+                    "evaluations_since_best": waited,
                     "measured_by": measured_by,
                 }
                 if improved:  # best.pt needs no optimizer
@@ -677,8 +691,9 @@ def main(given):
                 state["scaler"] = scaler.state_dict()
                 if stopping:
                     metrics.plot()  # an evaluation has done so
-                if not save_or_warn(run / "ckpt.pt", state) and ends:
-                    raise UserError("the end of the run is lost, for ckpt.pt could not be written")
+                saved = save_or_warn(run / "ckpt.pt", state)
+        if ends and not saved:
+            raise UserError("the end of the run is lost, for ckpt.pt could not be written")
         if ends:
             break
 
@@ -746,17 +761,21 @@ def main(given):
 
     # -- the end
     if stopping:
-        launch = "python"
-        if world_size > 1:  # on several machines, torchrun's other flags are as before
-            launch = f"torchrun --nproc_per_node={os.getenv('LOCAL_WORLD_SIZE')}"
-        command = shlex.join(["train.py", *sys.argv[1:], "--init_from=resume"])
-        print0(f"stopped after {step} steps, saved; go on with: {launch} {command}")
+        print0(f"stopped after {step} steps, saved; go on with: {resume_command()}")
     elif not eval_only:
         print0(f"{seconds:.0f} s of training; now: python sample.py --out_dir={shlex.quote(out_dir)}")
     if world_size > 1:
         del parallel  # DDP holds the process group, whose threads would outlive the interpreter and abort it
         gc.collect()
         dist.destroy_process_group()
+
+
+def resume_command():
+    """What to type to go on with this run; on several machines, with torchrun's other flags as before."""
+    launch = "python"
+    if world_size > 1:
+        launch = f"torchrun --nproc_per_node={os.getenv('LOCAL_WORLD_SIZE')}"
+    return f"{launch} {shlex.join(['train.py', *sys.argv[1:], '--init_from=resume'])}"
 
 
 def stop_if_not_finite(number, what):

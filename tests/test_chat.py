@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import random
+import shutil
 import subprocess
 import sys
 
@@ -135,6 +136,37 @@ def test_a_broken_record_is_named_by_its_number(tmp_path, monkeypatch, record, s
         list(map(list, prepare.TextFiles([path])))
 
 
+def test_a_key_that_is_asked_for_is_text(tmp_path):
+    path = tmp_path / "it.jsonl"
+    path.write_text(json.dumps(EXAMPLE) + "\n" + json.dumps(EXAMPLE | {"text": "both"}))
+    texts = [[*map(list, prepare.TextFiles([path], text_key=key))] for key in ("output", None)]
+    assert texts[0] == [["7"], ["7"]]  # the explicit key
+    assert [document[-1] for document in texts[1]] == ["7", "7"]  # else a conversation
+
+
+def test_another_end_of_text_ends_answers_and_documents(tmp_path):
+    """A vocabulary of Hugging Face's that calls it </s>."""
+    bpe = prepare.BPETokenizer.trained(["the text of a vocabulary " * 50], 300).meta["json"]
+    text = json.dumps(bpe).replace(END, "</s>")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_text(text)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))
+    (tmp_path / "it.jsonl").write_text("\n".join(map(json.dumps, [PLAIN, EXAMPLE] * 10)))
+    run("prepare.py", "it.jsonl", "--tokenizer=hf", "--name=it", cwd=tmp_path)
+    ids = np.fromfile(tmp_path / "data" / "it" / "train.bin", "<u2")
+    mask = np.fromfile(tmp_path / "data" / "it" / "train_mask.bin", "u1")
+    assert (ids == 0).sum() == 18 and mask[ids == 0].all()
+
+
+@pytest.mark.parametrize("end_of_text", ["0", 10**6, -1, 0.5])
+def test_an_end_of_text_that_is_no_id(tmp_path, end_of_text):
+    bpe = prepare.BPETokenizer.trained(["the text of a vocabulary " * 50], 300).meta["json"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bpe))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": end_of_text}))
+    with pytest.raises(prepare.UserError):
+        prepare.tokenizer_of(tmp_path)
+
+
 def test_files_of_records_that_are_damaged(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"te')
     assert "a.json" in refused("prepare.py", "a.json", cwd=tmp_path)
@@ -192,6 +224,18 @@ def test_a_batch_without_anything_to_learn_has_a_loss():
     data, mask = np.arange(100).astype("<u2"), np.zeros(100, "u1")
     x, y, learned = train.get_batch(data, mask, np.array([3]), 8, "cpu")
     assert learned == 0 and GPT(GPTConfig(8, 100, 1, 1, 8))(x, y)[1].isfinite()
+
+
+def test_an_evaluation_that_has_nothing_to_learn_says_so(tmp_path):
+    """Long questions, short answers, and one small batch of windows between them."""
+    record = {"instruction": "abc " * 200, "output": "x"}
+    (tmp_path / "it.jsonl").write_text("\n".join([json.dumps(record)] * 40))
+    run("prepare.py", "it.jsonl", "--name=it", cwd=tmp_path)
+    args = [*TINY.split(), "--dataset=it", "--batch_size=1", "--out_dir=out/it", "--max_iters=3"]
+    line = refused("train.py", *args, "--eval_iters=1", cwd=tmp_path)
+    assert "--eval_iters=0" in line
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    run("train.py", *args, "--eval_iters=0", cwd=tmp_path)  # steps without a learned token among them
 
 
 def test_losses_are_those_of_the_learned_tokens_however_they_are_shared_out(tmp_path):
@@ -254,6 +298,11 @@ def test_a_line_that_cannot_be_read_is_said_and_the_next_is_answered(parrot):
     done = subprocess.run(CHAT, input=lines, cwd=parrot, capture_output=True)
     assert done.stdout.decode().split() == ["DOG", "BEE", "CAT"] and done.returncode == 0
     assert END in done.stderr.decode() and "Traceback" not in done.stderr.decode()
+
+
+def test_chat_needs_an_end_of_text(trained, workdir):
+    line = refused("sample.py", "--out_dir=out/trained", "--chat=True", cwd=workdir)
+    assert "end-of-text" in line
 
 
 def test_chat_on_a_terminal(parrot):
