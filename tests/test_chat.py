@@ -231,7 +231,7 @@ def test_an_evaluation_that_has_nothing_to_learn_says_so(tmp_path):
     record = {"instruction": "abc " * 200, "output": "x"}
     (tmp_path / "it.jsonl").write_text("\n".join([json.dumps(record)] * 40))
     run("prepare.py", "it.jsonl", "--name=it", cwd=tmp_path)
-    args = [*TINY.split(), "--dataset=it", "--batch_size=1", "--out_dir=out/it", "--max_iters=3"]
+    args = [*TINY.split(), "--dataset=it", "--batch_size=1", "--out_dir=out/it", "--max_iters=9"]
     line = refused("train.py", *args, "--eval_iters=1", cwd=tmp_path)
     assert "--eval_iters=0" in line
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
