@@ -899,8 +899,10 @@ def walk(folder):
 def is_text(path, encoding):
     """Whether a file of a folder is named as text is, and begins as text does. Raises UserError."""
     suffix = unpacked(path).suffix.lower()
-    if suffix not in SUFFIXES or suffix == ".parquet":
-        return suffix == ".parquet"
+    if suffix not in SUFFIXES:
+        return False
+    if suffix == ".parquet":  # whose rows hold text, though its bytes are none
+        return True
     try:
         with open_text(path, encoding=encoding):
             return True
@@ -1202,8 +1204,10 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4
             # Where there are too many already, more of them would only fill the memory.
             if entries_of and len(entries) <= MAX_VOCAB and piece != END_OF_TEXT:
                 entries.update(entries_of(piece))
-    if count <= masked:  # one conversation cannot be cut
-        raise UserError(f"there is no text to make data/{name} of, or a single conversation")
+    if count == 0:
+        raise UserError(f"there is no text to make data/{name} of")
+    if masked and count == 1:
+        raise UserError(f"a single conversation cannot be cut in two: data/{name} needs several")
     if entries_of:
         tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
     if kind == "bpe":

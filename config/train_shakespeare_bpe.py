@@ -1,4 +1,4 @@
-# The sizes of train_shakespeare_char_cpu_fast.py on a vocabulary of 1024 pieces that the text itself has taught:
+# The sizes of train_shakespeare_char_cpu_fast.py on 1024 pieces of text that the text itself has taught:
 # fewer bits per byte in the same minute on a CPU.
 #   python prepare.py shakespeare_char --tokenizer=bpe --vocab_size=1024 --name=shakespeare_bpe
 #   python train.py config/train_shakespeare_bpe.py
