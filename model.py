@@ -11,7 +11,6 @@ S the tokens that a key/value cache has room for.
 import json
 import math
 import zipfile
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,13 +32,14 @@ FIELD_CHOICES = {
     "position": ("learned", "rope"),
     "init": ("gpt2", "zero", "torch"),
 }
-FIELD_RANGES = {  # the least value, and what it must stay below
+FIELD_RANGES = {  # (the smallest value, the value that it must stay below): fields
     (1, 10_000_000): ("block_size", "vocab_size", "n_head", "n_embd"),
     (0, 1000): ("n_layer",),
     (0, 1): ("dropout", "embd_dropout", "attn_dropout", "resid_dropout"),
 }
 
-# of attention in generation: not cuDNN's, which on Hopper and later GPUs plans 30 ms for each new length
+# The attention kernels for generation. cuDNN's is left out: on Hopper and later GPUs it makes a plan for each
+# new length, which takes 30 ms.
 GENERATION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -52,7 +52,7 @@ class ModelError(ValueError):
 
 @dataclass
 class GPTConfig:
-    """The architecture. The defaults are GPT-2 124M. Raises ModelError where a field makes no sense."""
+    """The architecture. The defaults are GPT-2 124M. Raises ModelError if a field makes no sense."""
 
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64, which multiplies faster
@@ -73,7 +73,7 @@ class GPTConfig:
     init: str = "gpt2"  # "gpt2", "zero" or "torch": see GPT.init_weights
 
     def __post_init__(self):
-        for name, value in vars(self).items():  # those of a file may be of any type
+        for name, value in vars(self).items():  # a file may hold values of any type
             if not isinstance(value, GPTConfig.__annotations__[name] | int):
                 raise ModelError(f"{name} cannot be {value!r:.40}")
             if value not in FIELD_CHOICES.get(name, [value]):
@@ -102,9 +102,9 @@ def value_or(value, default):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, but it draws no weights on the meta device, where that would import torch's compiler.
+    """nn.Embedding, but without random weights on the meta device: there they would import torch's compiler.
 
-    It saves a second at each start of sample.py. The draws of nn.Linear have no such cost.
+    This saves a second at each start of sample.py. nn.Linear has no such cost.
     """
 
     def reset_parameters(self):
@@ -130,16 +130,16 @@ def rotate(x, cos, sin):
 
 
 class KVCache(nn.Module):
-    """Keys and values of the tokens so far, of all blocks, so that generation computes each token once.
+    """Keys and values of all tokens so far, for all blocks, so that generation computes each token once.
 
-    There is room for S tokens from the start, and attention always looks at all S places, those still empty
-    masked. So no shape changes from token to token, and a step is compiled once. A module, not a plain
-    object, because torch.compile takes a module's buffers to stay where they are in memory.
+    There is room for S tokens from the start. Attention always looks at all S places, and a mask hides those
+    that are still empty. So no shape changes from token to token, and a step is compiled only once. The cache
+    is a module because torch.compile expects that a module's buffers stay in the same place in memory.
     For each step, call extend once; then each block calls update once.
     """
 
     def __init__(self, config, batch_size, size, like):
-        """size: S; like: a weight of the model, for its type and device."""
+        """size: S; like: a weight of the model, whose type and device the cache takes."""
         super().__init__()
         # (n_layer, 2 for keys and values, B, H, S, D)
         self.register_buffer(
@@ -147,15 +147,15 @@ class KVCache(nn.Module):
         )
 
     def extend(self, positions):
-        """The tokens at positions (T,) come next. Each may look at its own place and those before it."""
+        """The next tokens are those at positions (T,). Each may look at itself and at those before it."""
         self.new_positions = positions
         # True where a token may look: (S,) <= (T, 1) -> (T, S)
         self.mask = torch.arange(self.kv.size(4), device=positions.device) <= positions[:, None]
 
     def update(self, layer, k, v):
-        """Store k and v (B, H, T, D) of a block's new tokens; return those of all places, (B, H, S, D)."""
+        """Store a block's new keys and values (B, H, T, D); return those of all places, (B, H, S, D)."""
         kv = self.kv[layer]  # (2, B, H, S, D)
-        # autocast may have made the new ones bfloat16
+        # autocast may have made k and v bfloat16, so they take the type of the cache
         return kv.index_copy_(3, self.new_positions, torch.stack((k, v)).type_as(kv))
 
 
@@ -166,9 +166,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        # query, key and value of all heads in one matrix, for one large product is faster than three
+        # queries, keys and values of all heads come from one matrix: one large product is faster than three
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=value_or(config.qkv_bias, config.bias))
-        # mixes what the heads have found
+        # the output projection mixes what the heads have found
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(value_or(config.attn_dropout, config.dropout))
 
@@ -182,21 +182,21 @@ class CausalSelfAttention(nn.Module):
         if angles:
             q, k = rotate(q, *angles), rotate(k, *angles)
 
-        mask = None  # stands for the causal mask: each token looks at itself and those before it; S is T
+        mask = None  # means the causal mask: each token looks at itself and those before it; here S is T
         if cache:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
             mask = cache.mask  # (T, S)
         if self.config.flash:
-            # one kernel that never writes the (T, S) scores to memory (Dao et al. 2022, FlashAttention)
+            # one kernel, which never writes the (T, S) scores to memory (Dao et al. 2022, FlashAttention)
             dropout = self.attn_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         else:
             if mask is None:
                 mask = x.new_ones(T, T).tril().bool()
-            # scores grow with sqrt(D); undivided, softmax would put nearly all weight on one token
+            # without the division, scores grow with sqrt(D), and softmax puts nearly all weight on one token
             scores = q @ k.mT / math.sqrt(D)  # (B, H, T, S)
-            scores = scores.masked_fill(~mask, -math.inf)  # softmax makes it 0
-            weights = scores.softmax(dim=-1)  # how much of each token to take; a row sums to 1
+            scores = scores.masked_fill(~mask, -math.inf)  # softmax turns these into 0
+            weights = scores.softmax(dim=-1)  # how much to take of each token; each row sums to 1
             y = self.attn_dropout(weights) @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
@@ -204,7 +204,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each position on its own: four times wider, a nonlinearity, and back."""
+    """Two linear layers for each position on its own: four times wider, a nonlinearity, and back."""
 
     def __init__(self, config):
         super().__init__()
@@ -218,7 +218,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each with a LayerNorm before it and a shortcut around it (GPT-2's pre-norm)."""
+    """Attention, then the MLP, each with a LayerNorm before it and a shortcut around it (pre-norm)."""
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -242,8 +242,9 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        # Keep this order: each module draws random weights, and published numbers depend on it.
-        # Keep the names, which are GPT-2's: token and position embeddings, blocks (h), final LayerNorm.
+        # Keep this order: each module draws random weights, and published numbers depend on the order.
+        # Keep the names too. They are GPT-2's: token and position embeddings (wte, wpe), blocks (h), and the
+        # final LayerNorm (ln_f).
         parts = self.transformer = nn.ModuleDict()
         parts.wte = Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
@@ -253,16 +254,17 @@ class GPT(nn.Module):
         parts.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
-            # one matrix for both saves a third of GPT-2 124M (Press and Wolf 2017)
+            # sharing one matrix saves 39M parameters of GPT-2 124M (Press and Wolf 2017)
             self.lm_head.weight = parts.wte.weight
         if config.init != "torch" and not self.lm_head.weight.is_meta:
             self.init_weights()
 
     def init_weights(self):
-        """Draw matrices from N(0, 0.02) and zero the biases. With init="torch" the layers' own draws stay.
+        """Draw matrices from N(0, 0.02), set biases to 0. With init="torch" the layers keep their own draws.
 
-        2 n_layer projections add up in the residual stream, so "gpt2" divides their 0.02 by sqrt(2 n_layer)
-        (Radford et al. 2019, section 2.3). "zero" sets them to 0, so that each block begins as the identity.
+        The outputs of 2 n_layer projections add up in the residual stream. So "gpt2" divides their 0.02 by
+        sqrt(2 n_layer) (Radford et al. 2019, section 2.3). "zero" sets these projections to 0, so that each
+        block begins as the identity.
         """
         for name, p in self.named_parameters():
             std = 0.02
@@ -274,13 +276,14 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, all_logits=False, cache=None):
-        """Predict the next token of each position, and measure the loss where targets are given.
+        """Predict the next token at each position, and compute the loss if targets are given.
 
-        idx: (B, T) int64 token IDs; targets: (B, T) int64, those of -1 are ignored.
-        cache: a KVCache that was extended by the positions of idx; without one they begin at 0.
-        Returns (logits, None) without targets: (B, 1, V) of the last position, or (B, T, V) with all_logits.
-        Returns (None, loss) with targets, the mean cross-entropy in nats; with all_logits the logits as well,
-        which a large model cannot afford to keep. Raises ModelError where T exceeds block_size.
+        idx: (B, T) int64 token IDs. targets: (B, T) int64; targets of -1 are ignored.
+        cache: a KVCache that was extended by the positions of idx. Without a cache they begin at 0.
+        Without targets it returns (logits, None): those of the last position, (B, 1, V), or with all_logits
+        those of all, (B, T, V). With targets it returns (None, loss), the mean cross-entropy in nats; with
+        all_logits the logits as well, which take much memory in a large model.
+        Raises ModelError if T exceeds block_size.
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -297,30 +300,30 @@ class GPT(nn.Module):
             x = block(x, angles, cache)
         x = self.transformer.ln_f(x)
         if targets is None and not all_logits:
-            x = x[:, -1:]  # generation needs the last position alone: (B, 1, C)
+            x = x[:, -1:]  # generation needs only the last position: (B, 1, C)
         logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        # positions of all texts in one row: (B T, V) and (B T,)
+        # cross_entropy wants all positions in one row: (B T, V) and (B T,)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return (logits if all_logits else None), loss
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Count of parameters. non_embedding leaves out embeddings that are not the output layer too."""
+        """Number of parameters. non_embedding leaves out embeddings that are not also the output layer."""
         parts = [self.transformer.h, self.transformer.ln_f, self.lm_head] if non_embedding else [self]
         return sum(p.numel() for part in parts for p in part.parameters())
 
     def flops_per_token(self) -> int:
-        """Floating point operations of a token in training, forward and backward.
+        """Floating point operations per token in training, forward and backward pass, at full context.
 
-        6 N + 12 n_layer n_embd T, at full context (Chowdhery et al. 2022, PaLM, appendix B).
+        6 N + 12 n_layer n_embd T (Chowdhery et al. 2022, PaLM, appendix B).
         """
         c = self.config
         return 6 * self.num_params(non_embedding=True) + 12 * c.n_layer * c.n_embd * c.block_size
 
     # -- generation ------------------------------------------------------------------------------------------
 
-    compiled_step = None  # next_logits, made faster: see optimize_for_generation in sample.py
+    compiled_step = None  # a faster next_logits, which optimize_for_generation in sample.py sets
 
     @torch.no_grad()
     def generate_stream(
@@ -337,36 +340,37 @@ class GPT(nn.Module):
     ):
         """Continue idx (B, T0), T0 >= 1, and yield each new token as (B, 1) int64. Call eval() first.
 
-        temperature, top_k, top_p: as in next_token_probs. generator: of the draws; None takes torch's own;
-        a list of them takes one after the other for equal parts of the B rows.
-        stop: the token ID that ends a sequence, which then repeats it until all have ended. vocab_size: IDs
-        from here on are padding and never sampled. slide: by how many tokens a full context moves on at once.
-        With 1 each token sees exactly the block_size before it, and the cache is computed anew for each; with
-        more that is done every slide tokens alone.
-        Raises ModelError where an argument makes no sense.
+        temperature, top_k, top_p: see next_token_probs.
+        generator: the random generator of the draws; None is torch's own. A list of generators is shared out
+        over the B rows in equal parts.
+        stop: the token ID that ends a sequence. The sequence then repeats it until all sequences have ended.
+        vocab_size: IDs at or above it are padding and are never sampled.
+        slide: how many tokens a full context moves on at once. With 1, each token sees exactly the block_size
+        tokens before it, and the cache is computed anew for each token; else only for every slide-th token.
+        Raises ModelError if an argument makes no sense.
         """
         block_size = self.config.block_size
         if not (idx.dim() == 2 and idx.numel() and idx.dtype == torch.int64 and 1 <= slide <= block_size):
             raise ModelError("generation needs a prompt (B, T) of int64 and a slide from 1 to block_size")
-        # the step is compiled for one S, the largest
+        # a compiled step is compiled for one S, the largest
         cache_size = block_size if self.compiled_step else min(block_size, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
         ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
-        new = idx = idx[:, -block_size:]
-        step = self.next_logits  # the tokens that are not in the cache yet, and what takes them in
+        new = idx = idx[:, -block_size:]  # new: the tokens that are not in the cache yet
+        step = self.next_logits
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:
-                # the context moves on, and with it the position of each token: nothing cached is of use
+                # the context moves on, and every position changes, so the cache is filled anew
                 new = idx = idx[:, slide - 1 - block_size :]
                 step = self.next_logits
             cache.extend(torch.arange(idx.size(1) - new.size(1), idx.size(1), device=idx.device))
-            with sdpa_kernel(GENERATION_KERNELS) if idx.is_cuda else nullcontext():
+            with sdpa_kernel(GENERATION_KERNELS):
                 logits = step(new, cache)  # (B, V)
             probs = next_token_probs(logits[:, :vocab_size], temperature, top_k, top_p)  # (B, V)
             new = draw(probs, generator)  # (B, 1)
-            step = self.compiled_step or self.next_logits  # for one token a text
+            step = self.compiled_step or self.next_logits  # from now on, one token at a time
             if stop is not None:
-                # one that has ended goes on with stop, so that the batch stays a rectangle
+                # a sequence that has ended repeats stop, so that the batch stays a rectangle
                 new = new.masked_fill(ended, stop)
                 ended |= new == stop
             yield new
@@ -375,19 +379,19 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
 
     def generate(self, idx, max_new_tokens, *sampling, **options):
-        """idx (B, T0) and up to max_new_tokens more, (B, T0 + N). The arguments are generate_stream's."""
+        """Return idx (B, T0) and up to max_new_tokens more, (B, T0 + N). Arguments as in generate_stream."""
         return torch.cat((idx, *self.generate_stream(idx, max_new_tokens, *sampling, **options)), dim=1)
 
     def next_logits(self, idx, cache):
-        """Logits (B, V) after the tokens idx (B, T), by which the cache was extended just before."""
+        """Logits (B, V) after the tokens idx (B, T). Call cache.extend with their positions just before."""
         return self(idx, cache=cache)[0][:, -1]
 
-    # -- the model ends here; what follows trains and stores it ----------------------------------------------
+    # -- the model ends here; the rest trains and stores it --------------------------------------------------
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, muon_learning_rate=None):
-        """AdamW for all parameters; with muon_learning_rate, Muon for the matrices of the blocks instead.
+        """A list of optimizers: AdamW and, with muon_learning_rate, Muon for the matrices of the blocks.
 
-        AdamW decays matrices and embeddings, but neither biases nor LayerNorms.
+        Weight decay applies to matrices and embeddings, but not to biases and LayerNorms.
         """
         matrices, vectors, for_muon = [], [], []
         for name, p in self.named_parameters():
@@ -397,7 +401,7 @@ class GPT(nn.Module):
                 for_muon.append((name, p))
             else:
                 matrices.append((name, p))
-        # decay pulls weights to zero; a bias or a LayerNorm scale has no reason to go there
+        # decay pulls weights towards 0, where biases and LayerNorm scales have no reason to go
         groups = [
             {"params": matrices, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -409,11 +413,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: str | dict, device="cpu", **changes):
-        """The model of a checkpoint, in eval mode.
+        """The model of a checkpoint, in float32 and in eval mode.
 
-        checkpoint: a path, or what load_checkpoint returned; half-precision weights become float32
+        checkpoint: a path, or what load_checkpoint returned
         changes: GPTConfig fields that are to differ: the dropouts, flash, init, or a smaller block_size
-        Raises ModelError where it cannot be read or its weights do not fit.
+        Raises ModelError if the checkpoint cannot be read or its weights do not fit.
         """
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
@@ -422,24 +426,24 @@ class GPT(nn.Module):
             config = GPTConfig(**checkpoint["model_args"] | changes)
             for name, tensor in checkpoint["model"].items():
                 name = name.removeprefix("_orig_mod.")  # the prefix of a compiled model
-                if not name.startswith(("transformer.", "lm_head.")):  # Hugging Face's first files
+                if not name.startswith(("transformer.", "lm_head.")):  # the first files of Hugging Face
                     name = f"transformer.{name}"
                 if name == "transformer.wpe.weight":
                     tensor = tensor[: config.block_size]  # a shorter context drops the last positions
-                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, which are no weights
+                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # these are masks, not weights
                     weights[name] = tensor
             if config.tie_weights:
                 wte = weights["transformer.wte.weight"] = nn.Parameter(weights["transformer.wte.weight"])
                 if not torch.equal(weights.get("lm_head.weight", wte), wte):
                     raise ModelError("the output layer differs from the token embedding, against tie_weights")
                 weights["lm_head.weight"] = wte
-            with torch.device("meta"):  # takes no memory and no random numbers
+            with torch.device("meta"):  # which needs no memory and no random numbers
                 model = cls(config)
-            model.load_state_dict(weights, assign=True)  # raises where a name, a shape or a type differs
+            model.load_state_dict(weights, assign=True)  # raises if a name, a shape or a type differs
             for p in model.parameters():
-                # dense and in memory of its own: those of a file may overlap, which optimizers do not expect
+                # a dense copy, because tensors of a file may overlap, which optimizers do not expect
                 p.data = torch.empty(p.shape, device=device).copy_(p)
-        except Exception as error:  # what is in a file may raise any type there is
+        except Exception as error:  # a damaged file can raise any type of error
             raise ModelError(f"the checkpoint's weights do not fit the model: {error}") from None
         if not nn.utils.get_total_norm(model.parameters()).isfinite():
             raise ModelError("the checkpoint's weights are not finite")
@@ -450,7 +454,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
 
-        Raises ModelError, which names the field, where the architecture is not GPT-2's.
+        Raises ModelError, which names the field, if the architecture is not GPT-2's.
         """
         from safetensors.torch import save_file
 
@@ -464,37 +468,32 @@ class GPT(nn.Module):
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
             "activation_function": activations[config.activation],
-            "bos_token_id": None,  # which ID it is, if any, only the tokenizer knows
+            "bos_token_id": None,  # only the tokenizer knows these two
             "eos_token_id": None,
         }
-        # the output layer is not among them where it is the token embedding
+        # named_parameters leaves out the output layer if it is the token embedding
         weights = {name: transposed(name, p.data) for name, p in self.named_parameters()}
         with torch.device("meta"):
             complete = GPT(replace(config, bias=True, qkv_bias=None))
         for name, p in complete.named_parameters():
-            weights.setdefault(name, torch.zeros(p.shape))  # a bias of 0 is the same as none
+            weights.setdefault(name, torch.zeros(p.shape))  # a bias of 0 is the same as no bias
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
 
-def check_sampling(temperature, top_k=None, top_p=None):
-    """Raises ModelError where one of them makes no sense, NaN among them."""
-    if not (temperature >= 0 and value_or(top_k, 1) >= 1 and 0 < value_or(top_p, 1) <= 1):
-        raise ModelError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
-
-
 def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """Probabilities (B, V) float32 of the next token, from its logits (B, V); what is ruled out gets 0.
+    """Probabilities (B, V) float32 of the next token, from its logits (B, V); excluded tokens get 0.
 
-    In this order: logits divided by temperature, where 0 is greedy; the top_k largest kept; of those, the
-    fewest most probable tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman et al.
-    2019). Raises ModelError where one of them makes no sense.
+    In this order: logits are divided by temperature (0 is greedy); the top_k largest are kept; of those, the
+    smallest set of most probable tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman
+    et al. 2019). Raises ModelError if one of the three makes no sense.
     """
-    check_sampling(temperature, top_k, top_p)
+    if not (temperature >= 0 and value_or(top_k, 1) >= 1 and 0 < value_or(top_p, 1) <= 1):  # NaN neither
+        raise ModelError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
     if temperature < 1e-30:  # 0, or less than float32 can divide by
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+        temperature, top_k = 1.0, 1  # greedy: only the likeliest token is left
     # the largest becomes 0, so that nothing overflows
     logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature
     if top_k is not None:
@@ -503,23 +502,24 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, order = probs.sort(stable=True)  # each (B, V), the least probable first
-        tail = ordered.cumsum(-1) <= 1 - top_p  # these and all before them are not needed
-        tail[:, -1] = False  # however small top_p is
+        tail = ordered.cumsum(-1) <= 1 - top_p  # without these, the others still sum to top_p
+        tail[:, -1] = False  # the most probable token stays, however small top_p is
         probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)  # what is left sums to 1 again
+        probs = probs / probs.sum(-1, keepdim=True)  # the rest sums to 1 again
     return probs
 
 
 def draw(probs, generator):
-    """A token ID of each row of probs (B, V), (B, 1): where their running sum passes a random number.
+    """Draw a token ID for each row of probs (B, V): the first whose running sum reaches a random number.
 
-    torch.multinomial draws a number for each of the V IDs: 9 ms for 8 rows of GPT-2's vocabulary, this is 1.
+    Returns (B, 1). torch.multinomial draws a number for each of the V IDs, which takes 9 ms for 8 rows of
+    GPT-2's vocabulary; this takes 1 ms.
     """
     sums = probs.cumsum(-1)
     generators = generator if isinstance(generator, list) else [generator]
-    rows = len(probs) // len(generators)  # of each
+    rows = len(probs) // len(generators)  # the rows of each generator
     draws = [torch.rand(rows, 1, generator=each, device=probs.device) for each in generators]
-    # in (0, 1], not [0, 1), so that an ID of probability 0 is never drawn
+    # in (0, 1], not in [0, 1), so that an ID of probability 0 is never drawn
     uniform = 1 - torch.cat(draws)
     return torch.searchsorted(sums, sums[:, -1:] * uniform)
 
@@ -528,20 +528,20 @@ def draw(probs, generator):
 
 
 def newton_schulz(x):
-    """For each matrix U S V^T of x (N, rows, columns) nearly U V^T: its singular values become about 1.
+    """Nearly U V^T for each matrix U S V^T in x (N, rows, columns): all singular values become about 1.
 
-    The iteration and its coefficients are those of Jordan et al. 2024. It need not be exact, so bfloat16 will
-    do. A CPU without bfloat16 is 80 times slower in it than in float32.
+    The iteration and its coefficients are those of Jordan et al. 2024. It need not be exact, so bfloat16 is
+    good enough. A CPU without bfloat16 is 80 times slower in bfloat16 than in float32.
     """
-    # x x^T is smaller where x is wide
+    # x x^T is smaller if x is wide
     tall = x.size(1) > x.size(2)
     if tall:
         x = x.mT
     if x.is_cuda or cpu_prefers_bfloat16():
         x = x.bfloat16()
-    x = F.normalize(x, dim=(1, 2), eps=1e-7)  # the iteration converges below norm 1
+    x = F.normalize(x, dim=(1, 2), eps=1e-7)  # the iteration converges if the norm is at most 1
     for _ in range(5):
-        # x becomes 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x, which drives singular values towards 1
+        # x becomes 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x: singular values move towards 1
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
@@ -549,11 +549,12 @@ def newton_schulz(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized: a step of the same size in all directions of a matrix (Jordan et al. 2024).
+    """Orthogonalized momentum: a step of the same size in all directions of a matrix (Jordan et al. 2024).
 
-    It does what torch.optim.Muon does at its defaults, but for two things, which are why it is here. On a CPU
-    without bfloat16 it works in float32: its step in the quickstart takes 0.02 s there instead of 0.6. And it
-    takes query, key and value apart, which lie in one matrix: a loss lower by 0.017 after 250 steps.
+    It does what torch.optim.Muon does at its defaults, with three differences. On a CPU without bfloat16 it
+    works in float32: its step in the quickstart takes 0.02 s there instead of 0.6 s. It orthogonalizes query,
+    key and value separately, although they share one matrix: the loss is 0.017 lower after 250 steps. And
+    several processes share the work.
     """
 
     def __init__(self, params, lr, weight_decay=0.1):
@@ -569,16 +570,16 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"].lerp_(p.grad, 0.05)  # a running mean, of which 0.95 stays
-                # the rest is shared out: all have the same gradients, and one does a matrix for all
+                momentum = state["momentum_buffer"].lerp_(p.grad, 0.05)  # a running mean of gradients
+                # all processes have the same gradients, so each computes the update of some matrices for all
                 if i % processes != rank:
                     continue
-                update = p.grad.lerp(momentum, 0.95)  # Nesterov's: the newest gradient counts again
+                update = p.grad.lerp(momentum, 0.95)  # Nesterov momentum: the newest gradient counts again
                 rows, columns = p.shape
-                if rows == 3 * columns:  # in this GPT c_attn alone
+                if rows == 3 * columns:  # query, key and value: in this GPT only c_attn has this shape
                     rows = columns
                 update = newton_schulz(update.view(-1, rows, columns))
-                # a tall matrix takes larger steps, so that what it puts out changes as much
+                # a tall matrix takes larger steps, so that its output changes as much
                 step_size = group["lr"] * math.sqrt(max(1, rows / columns))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update.reshape_as(p), alpha=step_size)
@@ -589,7 +590,7 @@ class Muon(torch.optim.Optimizer):
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
 
-# the fields that train.py writes; a file may lack some of them
+# The fields that train.py writes, and their types. A file may lack some of them.
 CHECKPOINT_FIELDS = {
     "model": dict,
     "model_args": dict,
@@ -610,26 +611,25 @@ def load_checkpoint(path: str) -> dict:
     """A checkpoint as a dictionary with at least model (the state dict) and model_args (GPTConfig's fields).
 
     path: a file of train.py or of nanoGPT, or a Hugging Face GPT-2 folder. Only tensors and plain data are
-    read; nothing in the file is run. model_args has all fields, and the fields of train.py have their types.
-    Raises ModelError.
+    read, and no code in the file is run. The types of all fields are checked. Raises ModelError.
     """
     path = Path(path)
     if path.is_dir():
         return load_hugging_face(path)
-    if path.exists() and not path.is_file():
-        raise ModelError(f"{path} is no regular file")
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist, or is not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(file.compress_type for file in archive.filelist):  # PyTorch's are not compressed
                 raise zipfile.BadZipFile
-        # tensors stay on the disk until they are used
+        # with mmap, tensors stay on the disk until they are used
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise ModelError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except Exception:  # a damaged zip or a forbidden pickle raises any type there is
-        raise ModelError(f"{path} is damaged, or holds other things than tensors and plain data") from None
+    except Exception:  # a damaged zip or a forbidden pickle can raise any type of error
+        raise ModelError(
+            f"{path} cannot be read, is damaged, or holds more than tensors and plain data"
+        ) from None
     try:
-        if "iter_num" in checkpoint:  # nanoGPT's, of which the rest is not ours; its GELU is exact
+        if "iter_num" in checkpoint:  # this one is nanoGPT's, whose GELU is the exact one
             checkpoint = {
                 "model": checkpoint["model"],
                 "model_args": {"activation": "gelu_erf"} | checkpoint["model_args"],
@@ -639,17 +639,17 @@ def load_checkpoint(path: str) -> dict:
             value = checkpoint.get(name, kind())
             if not isinstance(value, kind) or (kind in (int, float) and not value >= 0):
                 raise TypeError(f"its {name} is {value!r:.40}")
-        # tensors may overlap: the output layer and the token embedding, but not more
+        # the output layer and the token embedding may be the same memory, but no others
         if sum(tensor.nbytes for tensor in checkpoint["model"].values()) > 2 * path.stat().st_size:
             raise TypeError("its tensors are larger than the file")
         checkpoint["model_args"] = asdict(GPTConfig(**checkpoint["model_args"]))
     except Exception as error:
-        raise ModelError(f"{path} is no checkpoint of a GPT, or damaged: {error}") from None
+        raise ModelError(f"{path} is not the checkpoint of a GPT, or damaged: {error}") from None
     return checkpoint
 
 
-# Hugging Face's names for GPTConfig's fields, and for the values of activation. Dropouts stay out, for they
-# belong to a run, not to its weights.
+# {our name: Hugging Face's name} of GPTConfig's fields. Dropouts are left out: they belong to a run, not to
+# its weights.
 HF_NAMES = {
     "vocab_size": "vocab_size",
     "block_size": "n_positions",
@@ -659,14 +659,14 @@ HF_NAMES = {
     "tie_weights": "tie_word_embeddings",
     "activation": "activation_function",
 }
-HF_DEFAULTS = {"tie_word_embeddings": True, "activation_function": "gelu_new"}  # older files lack them
-HF_ACTIVATIONS = {  # of two names for the same, the last is the one we write
+HF_DEFAULTS = {"tie_word_embeddings": True, "activation_function": "gelu_new"}  # older files lack these
+HF_ACTIVATIONS = {  # {Hugging Face's name: ours}; the last of two names is the one that we write
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
     "gelu": "gelu_erf",
     "relu": "relu",
 }
-# the values of its settings that our GPT can have, where one is given
+# The values of Hugging Face's settings that our GPT can express.
 HF_SUPPORTED = {
     "model_type": ["gpt2"],
     "activation_function": [*HF_ACTIVATIONS],
@@ -677,14 +677,14 @@ HF_SUPPORTED = {
 
 
 def transposed(name, tensor):
-    """Hugging Face's Conv1D holds the blocks' matrices as (in, out), nn.Linear as (out, in): turn them."""
+    """Transpose a block's matrix: Hugging Face's Conv1D holds it as (in, out), nn.Linear as (out, in)."""
     if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
         return tensor.T.contiguous()
     return tensor
 
 
 def weight_files(folder):
-    """The files of a Hugging Face folder that hold its weights: one, or several that an index lists."""
+    """The files with the weights of a Hugging Face folder: one, or several that are listed in an index."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return {folder / Path(file).name for file in json.loads(index.read_bytes())["weight_map"].values()}
@@ -693,7 +693,7 @@ def weight_files(folder):
 
 
 def load_hugging_face(folder):
-    """A folder with config.json and model.safetensors of a GPT-2, as load_checkpoint returns it."""
+    """A Hugging Face folder of a GPT-2, as load_checkpoint returns it. Raises ModelError."""
     from safetensors.torch import load_file
 
     try:
@@ -705,19 +705,16 @@ def load_hugging_face(folder):
         args["activation"] = HF_ACTIVATIONS[args["activation"]]
         tensors = {}
         for path in weight_files(folder):
-            with open(path, "rb") as file:
-                if b"git-lfs" in file.read(30):
-                    raise ModelError(f"{path} is a Git LFS pointer, not the file: git lfs pull fetches it")
             if path.suffix == ".bin":
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 tensors |= load_file(path)
         weights = {name: transposed(name, tensor) for name, tensor in tensors.items()}
         return {"model": weights, "model_args": asdict(GPTConfig(**args))}
-    except Exception as error:  # safetensors and pickle have types of their own
+    except Exception as error:  # safetensors and pickle have their own types of errors
         raise ModelError(
-            f"{folder} is no GPT-2 of Hugging Face's, or its config.json lacks a setting: {error}; "
-            f"of a run's folder, give {folder}/best.pt"
+            f"{folder} is no GPT-2 of Hugging Face's, its config.json lacks a setting, or a file is only a "
+            f"Git LFS pointer: {error}; if this is the folder of a run, give {folder}/best.pt"
         ) from None
 
 
@@ -725,10 +722,10 @@ def load_hugging_face(folder):
 
 
 def cpu_prefers_bfloat16():
-    """Whether this CPU multiplies faster in bfloat16: with AMX, or on an AMD with AVX-512 BF16.
+    """Whether this CPU trains faster in bfloat16 than in float32: with AMX, or AMD's with AVX-512 BF16.
 
-    An Intel CPU with AVX-512 BF16 alone takes 1.6 times as long for a training step as in float32, one with
-    neither many times as long.
+    An Intel CPU with AVX-512 BF16 but no AMX needs 1.6 times as long for a step as in float32. A CPU without
+    either needs many times as long.
     """
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # missing in older releases of torch
     abilities = get_capabilities()
@@ -737,7 +734,7 @@ def cpu_prefers_bfloat16():
 
 
 def pick_device(device):
-    """The device to run on: "auto" takes CUDA, else MPS, else the CPU. Raises ModelError if not available."""
+    """The device to run on. "auto" is CUDA, else MPS, else the CPU. Raises ModelError if not available."""
     if device == "auto":
         return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
@@ -745,23 +742,23 @@ def pick_device(device):
     except (AssertionError, RuntimeError):
         raise ModelError(f"device={device} is not available (CUDA needs a GPU); use --device=cpu") from None
     if device.startswith("cuda:"):
-        torch.cuda.set_device(device)  # or libraries take memory of the first GPU too
+        torch.cuda.set_device(device)  # otherwise libraries take memory of the first GPU too
     return device
 
 
 def check_compiler(device):
-    """Raises ModelError where torch.compile does not work: no C++ compiler, or no Triton for this GPU."""
+    """Raises ModelError if torch.compile does not work: no C++ compiler, or no Triton for this GPU."""
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
-    except Exception as error:  # of the compiler's own types
+    except Exception as error:  # the compiler has its own types of errors
         raise ModelError(f"torch.compile does not work here: {error!s:.200}") from None
 
 
 def pick_dtype(dtype, device, training=False):
-    """The precision to multiply in; "auto" is the fastest that is as good.
+    """The precision to multiply in. "auto" is the fastest one that learns as well as float32.
 
-    That is bfloat16 where the hardware has it, and float16 on other CUDA GPUs. A CPU takes bfloat16 in
-    training alone: the weights stay float32 there, and a step is quicker by half.
+    That is bfloat16 on GPUs that support it, and float16 on other CUDA GPUs. CPUs use bfloat16 only in
+    training, where the weights stay float32, and only if cpu_prefers_bfloat16.
     """
     if dtype != "auto":
         return dtype

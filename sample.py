@@ -49,7 +49,6 @@ from model import (
     GPT,
     ModelError,
     check_compiler,
-    check_sampling,
     load_checkpoint,
     next_token_probs,
     pick_device,
@@ -423,7 +422,6 @@ def check_settings():
         raise UserError(f"--page={page}: it takes a name that ends in .html, and goes with a text alone")
     if num_samples >= 1_000_000:
         raise UserError(f"{num_samples=} texts do not fit into memory")
-    check_sampling(temperature, top_k, top_p)
 
 
 def check_stop(tokenizer):

@@ -18,9 +18,9 @@ eval_interval = 2000  # steps between evaluations, each with a checkpoint
 log_interval = 1  # steps between lines of training loss
 eval_iters = 200  # batches of each split in an evaluation, evenly spaced; 0: the whole split
 eval_only = False  # evaluate once and stop; nothing is written
-patience: int | None = None  # stop after so many evaluations in a row without a better one
-always_save_checkpoint = True  # False: ckpt.pt only when the validation loss improves (or on a signal)
-init_from = "scratch"  # scratch, resume, auto (resume if there is a run), gpt2 and its sizes, or a checkpoint
+patience: int | None = None  # stop after this many evaluations in a row without a better one
+always_save_checkpoint = True  # False: write ckpt.pt only when the validation loss improves, or on a signal
+init_from = "scratch"  # scratch, resume, auto (resume if there is a run), gpt2..., or a checkpoint
 # data
 dataset = "pydocs"  # a folder of data/
 data_order: Literal["random", "epoch"] = "random"  # random offsets, or shuffled windows without replacement
@@ -33,45 +33,45 @@ n_layer = 12  # 0: a bigram model
 n_head = 12  # heads of attention; divides n_embd
 n_embd = 768  # width
 dropout = 0.0  # 0 for pretraining, 0.1 or more where the data is small
-embd_dropout: float | None = None  # None follows dropout, here and in the next two
+embd_dropout: float | None = None  # None: as dropout; the same for the next two
 attn_dropout: float | None = None  # of the attention weights
-resid_dropout: float | None = None  # of what attention and MLP add
+resid_dropout: float | None = None  # of the outputs of attention and MLP
 bias = True  # biases in Linear and LayerNorm, as GPT-2
-qkv_bias: bool | None = None  # None follows bias
-tie_weights = True  # the token embedding is the output layer too, as GPT-2
+qkv_bias: bool | None = None  # None: as bias
+tie_weights = True  # the token embedding is also the output layer, as GPT-2
 activation = "gelu"  # GPT-2's tanh form; or gelu_erf, relu, relu2
-position = "learned"  # position embeddings, as GPT-2; or rope, rotated queries and keys
+position = "learned"  # position embeddings, as GPT-2; or rope: rotated queries and keys
 qk_norm = False  # scale queries and keys to unit root mean square
 flash = True  # fused attention; False spells the same attention out
-init = "gpt2"  # or zero: as gpt2, residual projections 0; or torch: PyTorch's own
+init = "gpt2"  # or zero: as gpt2, but residual projections are 0; or torch: PyTorch's own
 # optimizer
 optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks; AdamW for the rest
 learning_rate = 6e-4  # the peak, of AdamW
 muon_learning_rate = 0.02  # the peak, of Muon
 max_iters = 600000  # steps
-max_epochs: int | None = None  # where given, max_iters is this many times through the training split
-weight_decay = 0.1  # of matrices and embeddings; biases and LayerNorm are left alone
+max_epochs: int | None = None  # instead of max_iters: how often to go through the training split
+weight_decay = 0.1  # of matrices and embeddings, not of biases and LayerNorm
 beta1 = 0.9  # AdamW's
-beta2 = 0.95  # AdamW's; nearer 1 where a step has few tokens
+beta2 = 0.95  # AdamW's; take one nearer to 1 if a step has few tokens
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warmup; wsd: see get_lr
 warmup_iters = 2000  # steps of linear warmup
 lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: max_iters
-min_lr: float | None = None  # where learning_rate ends; None: a tenth of it, or 0 with linear and wsd
+min_lr: float | None = None  # the last learning rate; None: a tenth of the peak, or 0 with linear and wsd
 # machine
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
-dist_timeout = 600  # seconds until a silent process counts as lost; an evaluation or a save must fit in
+dist_timeout = 600  # seconds after which a silent process is lost; longer than an evaluation or a save
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest that learns as well
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
 seed = 1337  # of weights, batches and dropout
-tensorboard = False  # write the numbers of metrics.jsonl for tensorboard --logdir=out as well
-sample_prompt: str | None = None  # continued at each evaluation; None: as validation begins; "": no sample
+tensorboard = False  # also write the numbers of metrics.jsonl for tensorboard --logdir=out
+sample_prompt: str | None = None  # a text to continue at each evaluation; None: of val.bin; "": no sample
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, until there is something to save
-    # sets the names above from a config file and --key=value; before the slow imports, so that --help answers
-    # at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once until there is something to save
+    # this sets the names above, from a config file and --key=value; it comes before the slow imports, so that
+    # --help answers at once
     given = configure(globals())
 
 import ctypes
@@ -119,7 +119,7 @@ from prepare import (
     write_file,
 )
 
-# which of the processes this one is, as torchrun says: of all, and of this machine's
+# torchrun says which process this is: its number among all, and among those of this machine
 try:
     rank = int(os.getenv("RANK", 0))
     local_rank = int(os.getenv("LOCAL_RANK", 0))
@@ -131,16 +131,16 @@ except ValueError:
 
 
 def count_windows(tokens, block_size, stride):
-    """How many windows of block_size + 1 tokens (inputs and the last target), one every stride, take all."""
-    # the last of them may go on behind the data, but must not begin there
+    """How many windows of block_size + 1 tokens (inputs and the last target), one every stride, cover all."""
+    # the last window may reach beyond the end of the data, but must not begin there
     return math.ceil((tokens - 1 - max(block_size, stride)) / stride) + 1
 
 
 def batch_starts(step, rows, tokens, block_size, seed, stride=None):
     """Where the windows of a step's whole batch start, (rows,): a pure function of seed and step.
 
-    stride None: random offsets. Else an epoch takes the windows that start every stride tokens, each once, in
-    a shuffled order; a last short batch is dropped.
+    With stride=None the offsets are random. Otherwise an epoch takes each of the windows that start every
+    stride tokens once, in a shuffled order, and drops a last short batch.
     """
     if stride is None:
         return np.random.default_rng((seed, step)).integers(0, tokens - block_size, rows)
@@ -156,7 +156,7 @@ def shuffled(n, seed, epoch):
 
 
 def eval_starts(tokens, block_size, rows):
-    """Starts of rows evenly spaced windows without overlap; if rows is 0, of so many that they take all."""
+    """Starts of evenly spaced windows without overlap: rows of them, or all that there are if rows is 0."""
     if rows == 0:
         return np.arange(0, tokens - 1, block_size)
     n = (tokens - 1) // block_size
@@ -164,15 +164,18 @@ def eval_starts(tokens, block_size, rows):
 
 
 def learned_places(mask, starts, block_size):
-    """Whether each target of the windows at starts counts in the loss, (B, T): what is masked does not."""
+    """Whether each target of the windows at starts counts in the loss, (B, T).
+
+    Masked targets do not, and neither do places beyond the end of the data.
+    """
     places = starts[:, None] + 1 + np.arange(block_size)
-    return (places < len(mask)) & (mask[np.minimum(places, len(mask) - 1)] > 0)  # nor what is behind the end
+    return (places < len(mask)) & (mask[np.minimum(places, len(mask) - 1)] > 0)
 
 
 def get_batch(data, mask, starts, block_size, device):
-    """The windows at starts, (B, T) int64, the same one token later, and how many of those targets count.
+    """Inputs (B, T) int64 of the windows at starts, their targets (B, T), and how many targets count.
 
-    The others are -1, which no loss counts.
+    Targets are the inputs one token later. Those that do not count are -1, which the loss ignores.
     """
     if isinstance(data, np.memmap) and data.base.size() < data.nbytes:  # reading on would kill the process
         raise UserError(f"{data.filename} has become shorter while it is read")
@@ -180,11 +183,11 @@ def get_batch(data, mask, starts, block_size, device):
     windows = np.take(data, places, mode="clip").astype(np.int64)
     x, y = windows[:, :-1], windows[:, 1:]
     learned = learned_places(mask, starts, block_size)
-    if learned.any():  # else any targets will do, for the mean over none is no number
+    if learned.any():  # otherwise keep the targets, because the mean over no targets is not a number
         y = np.where(learned, y, -1)
     batch = torch.from_numpy(np.stack((x, y)))  # (2, B, T)
     if device == "cuda":
-        batch = batch.pin_memory()  # then the copy does not wait for the GPU, which is still at work
+        batch = batch.pin_memory()  # then the copy need not wait for the GPU, which is still busy
     return *batch.to(device, non_blocking=True), int(learned.sum())
 
 
@@ -192,16 +195,17 @@ def get_batch(data, mask, starts, block_size, device):
 
 
 def get_lr(step, peak, lowest, warmup_iters, decay_iters, schedule="cosine"):
-    """Linear warmup to the peak; then down to the lowest at step decay_iters, or constant.
+    """The learning rate of a step: linear warmup to the peak, then down to the lowest at decay_iters.
 
-    cosine: along half a cosine; linear: in a straight line; wsd: constant, and in a straight line over the
-    last third of decay_iters (warmup, stable, decay; Hu et al. 2024, MiniCPM, section 4).
+    cosine: down along half a cosine. linear: down in a straight line. wsd (warmup, stable, decay): constant,
+    then in a straight line over the last third of decay_iters (Hu et al. 2024, MiniCPM, section 4).
+    constant: not down at all.
     """
     if step < warmup_iters:
         return peak * (step + 1) / (warmup_iters + 1)
     if schedule == "constant":
         return peak
-    start = warmup_iters  # of the decay
+    start = warmup_iters  # the step at which the decay begins
     if schedule == "wsd":
         start = max(start, decay_iters * 2 // 3)
     height = float(np.interp(step, [start, decay_iters], [1, 0]))  # 1 until the start, 0 from decay_iters on
@@ -211,7 +215,7 @@ def get_lr(step, peak, lowest, warmup_iters, decay_iters, schedule="cosine"):
 
 
 def sum_over_processes(numbers, device):
-    """Each of the numbers, summed over all processes. Every process must call it."""
+    """Each of the numbers, summed over all processes. Every process must call this."""
     if world_size == 1:
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)  # NCCL sums on GPUs, gloo on CPUs
@@ -221,9 +225,9 @@ def sum_over_processes(numbers, device):
 
 @torch.no_grad
 def evaluate(model, data, mask, device):
-    """Mean loss over eval_iters batches of a split, shared out over the processes; all get the same."""
+    """Mean loss over eval_iters batches of a split. The processes share the work and get the same result."""
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
-    # whole batches, for another shape would be compiled anew: windows behind the end, where no target counts
+    # fill up the last batch, because another shape would be compiled anew: no target counts beyond the end
     starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
     loss_sum, count = 0.0, 0
     for batch in starts.reshape(-1, batch_size)[rank::world_size]:  # this process's share
@@ -233,19 +237,19 @@ def evaluate(model, data, mask, device):
     loss_sum, count = sum_over_processes([loss_sum, count], device)
     if count == 0:
         raise UserError(
-            "no window of the evaluation has a token to be learned; --eval_iters=0 takes them all"
+            "the windows of the evaluation hold no token that counts; --eval_iters=0 takes all windows"
         )
     return loss_sum / count
 
 
 def warn(message):
-    """Say on standard error what does not end the run, from process 0 alone."""
+    """Print on standard error what does not end the run, from process 0 only."""
     if rank == 0:
         say(f"train.py: {message}", sys.stderr)
 
 
 def print0(line):
-    """Print a line on standard output, above the progress bar, from process 0 alone."""
+    """Print a line on standard output, above the progress bar, from process 0 only."""
     if rank == 0:
         say(line, sys.stdout)
 
@@ -254,7 +258,7 @@ def print0(line):
 
 
 def save_or_warn(path, state):
-    """True where a checkpoint could be written. Training goes on where not, because space may be freed."""
+    """Write a checkpoint; True if that worked. If not, training goes on, because space may become free."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     try:
@@ -265,12 +269,12 @@ def save_or_warn(path, state):
 
 
 class Metrics:
-    """The lines of a run's metrics.jsonl, a JSON object each, and TensorBoard's events if asked for."""
+    """The lines of a run's metrics.jsonl, one JSON object each; with --tensorboard its events too."""
 
     def __init__(self, run, step):
-        """Keep the lines before the step at which the run begins: a resumed run takes later steps again.
+        """Keep the lines before the step at which the run begins: a resumed run does later steps again.
 
-        Raises UserError where another process is at work in the folder.
+        Raises UserError if another process is using the folder.
         """
         self.path, self.lines = run / "metrics.jsonl", []
         if tensorboard:
@@ -281,10 +285,10 @@ class Metrics:
         self.board = SummaryWriter(run, purge_step=step) if tensorboard else None
         old = self.path.read_bytes() if self.path.is_file() else b""
         for text in old.splitlines():
-            with suppress(Exception):  # a line that a kill cut short, or another's
+            with suppress(Exception):  # a kill may have cut a line short
                 line = json.loads(text)
-                np.array([*line.values()], float)  # which fails where one is no number
-                # an evaluation of that very step stays too, where it is not one that is made again
+                np.array([*line.values()], float)  # fails if a value is not a number
+                # an evaluation at that very step stays too, unless it will be made again
                 if 0 <= line["step"] < step + ("val_loss" in line and step % eval_interval > 0):
                     self.lines.append(line)
 
@@ -298,39 +302,36 @@ class Metrics:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            warn(f"metrics.jsonl is not written, what it lacks will follow: {error.strerror}")
+            warn(f"metrics.jsonl is not written, its lines will follow: {error.strerror}")
         for name, value in line.items():
             if self.board and value is not None:
                 self.board.add_scalar(name, value, line["step"])
 
     def plot(self):
-        """Draw loss.png, the losses against steps, with the best validation loss marked."""
+        """Draw loss.png: the losses over the steps, with a star at the best validation loss."""
         try:
-            self.write_all()  # what could not be appended, or half a line, is made good
+            self.write_all()  # with the lines that could not be appended before
             from matplotlib.figure import Figure
 
             axes = Figure(layout="constrained").add_subplot(xlabel="step", ylabel="loss (nats per token)")
-            for key in ("loss", "train_loss", "val_loss"):  # of training batches, and of the two splits
+            for key in ("loss", "train_loss", "val_loss"):  # of the training batches, and of both splits
                 losses = {line["step"]: line[key] for line in self.lines if key in line}
                 axes.plot(losses.keys(), losses.values(), label=key)
             evaluations = [line for line in self.lines if "val_loss" in line]
             best = min(evaluations, key=lambda line: line["val_loss"])
-            label = f"best: {best['val_loss']:.4f}"
-            if best.get("val_bpb"):
-                label += f", {best['val_bpb']:.4f} bits per byte"
-            axes.plot(best["step"], best["val_loss"], "k*", label=label)
+            axes.plot(best["step"], best["val_loss"], "k*", label=f"best: {best['val_loss']:.4f}")
             axes.legend()
             picture = io.BytesIO()
             axes.figure.savefig(picture)  # a PNG
             write_file(self.path.with_name("loss.png"), picture.getvalue())
-        except Exception as error:  # no matplotlib, no space, no font: a picture ends no run
+        except Exception as error:  # no matplotlib, no space, no font: the run goes on without a picture
             warn(f"loss.png is not drawn: {error}")
 
 
 # -- settings and signals ------------------------------------------------------------------------------------
 
 SETTINGS = read_settings(globals())  # {name: (type, comment)}
-# numbers must be at least 0, and these at least 1
+# All numbers must be at least 0, and these at least 1.
 AT_LEAST_1 = (
     "eval_interval",
     "log_interval",
@@ -341,7 +342,7 @@ AT_LEAST_1 = (
     "patience",
     "dist_timeout",
 )
-# numbers with an upper limit, which they must stay below
+# Upper limits, which a number must stay below.
 BELOW = {
     "beta1": 1,
     "beta2": 1,
@@ -350,7 +351,7 @@ BELOW = {
     "gradient_accumulation_steps": 1_000_000,
 }
 
-# settings that cannot change under the weights of a checkpoint, or under the state of its optimizer
+# Settings that cannot differ from those of a checkpoint, because its weights or its optimizer depend on them.
 FIXED = {
     "block_size",
     "n_layer",
@@ -364,28 +365,34 @@ FIXED = {
     "qk_norm",
     "optimizer",
 }
-# settings that follow another where they are None, and do so again where a resumed run is given the other
+# {setting: another}: a setting that is None is computed from another, and is computed anew when a resumed run
+# is given the other.
 FOLLOWS = {
     "embd_dropout": "dropout",
     "attn_dropout": "dropout",
     "resid_dropout": "dropout",
     "min_lr": "learning_rate",
 }
-# what the optimizers keep of each parameter
+# The tensors that an optimizer keeps for each parameter.
 STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def check_settings(given):
-    """All settings of the run, {name: value}. Raises UserError where they cannot work."""
+    """All settings of the run, {name: value}. Raises UserError if they cannot work."""
     config = {name: globals()[name] for name in SETTINGS}
     for name, value in config.items():
         least, limit = int(name in AT_LEAST_1), BELOW.get(name, math.inf)
         if isinstance(value, int | float) and not least <= value < limit:
             raise UserError(f"{name} must be at least {least} and less than {limit}, not {value}")
     if "max_iters" in given and max_epochs:
-        raise UserError(f"max_iters or {max_epochs=}? The former needs --max_epochs=None")
+        raise UserError(f"max_iters or {max_epochs=}? For max_iters, add --max_epochs=None")
+    if init_from == "scratch" and "n_layer" not in given and not torch.accelerator.is_available():
+        raise UserError(
+            "GPT-2's size is too much without a GPU; begin with: python train.py config/quickstart.py "
+            "(or say --n_layer=12)"
+        )
     if stride and data_order != "epoch":
-        raise UserError("stride has a meaning with --data_order=epoch alone")
+        raise UserError("stride needs --data_order=epoch")
     if not 0 <= rank < world_size or gradient_accumulation_steps % world_size:
         raise UserError(
             f"{rank=} of {world_size=} processes, as torchrun sets them: "
@@ -395,10 +402,10 @@ def check_settings(given):
 
 
 def load_start(run, given):
-    """The checkpoint to start from and its path, or None, and whether it is the run's own, to be resumed.
+    """The checkpoint to start from, its path, and whether the run is resumed from it; or None, None, False.
 
-    Settings that are not given become the checkpoint's: the architecture, and in a resumed run all of them.
-    Raises UserError where a setting that is given does not fit the checkpoint.
+    Settings that are not given take the checkpoint's values: the architecture, and in a resumed run all.
+    Raises UserError if a given setting does not fit the checkpoint.
     """
     path = run / "ckpt.pt"
     resume = path.exists() if init_from == "auto" else init_from == "resume"
@@ -415,7 +422,7 @@ def load_start(run, given):
     for name in sorted(saved.keys() & taken):
         old, new = saved[name], given.get(name, saved[name])
         if new != old:
-            # weights alone may go on with a shorter context
+            # unless the run is resumed, the context may become shorter
             if name in FIXED and (resume or name != "block_size" or new > old):
                 raise UserError(f"{name}={new!r}, but the checkpoint has {name}={old!r}")
             warn(f"from here on {name}={new!r}, not {old!r}")
@@ -425,16 +432,16 @@ def load_start(run, given):
     return checkpoint, weights, resume
 
 
-stop_requested = 0.0  # when the first signal came, by time.monotonic(); 0 while none has
+stop_requested = 0.0  # the time.monotonic() of the first signal; 0 before it
 
 
 def on_signal(number, _frame):
-    """The first signal lets the run save and end. Another, a second later, ends it at once."""
+    """The first signal lets the run save and end. Another one, a second later or more, ends it at once."""
     global stop_requested
     if not stop_requested:
         stop_requested = time.monotonic()
         if rank == 0:
-            with suppress(OSError):  # os.write, for the signal may have come in the middle of a print
+            with suppress(OSError):  # os.write, because the signal may have come in the middle of a print
                 os.write(2, b"\ntrain.py: saves and ends as soon as this step or evaluation is done\n")
     elif time.monotonic() > stop_requested + 1:  # torchrun sends a terminal's Ctrl-C a second time, sooner
         raise SystemExit(128 + number)
@@ -444,25 +451,25 @@ def on_signal(number, _frame):
 
 
 def start_machine():
-    """Meet the other processes of torchrun, if any; returns this one's device and dtype. Raises UserError."""
+    """Connect to the other processes of torchrun, if any. Returns device and dtype. Raises UserError."""
     use_device = device
     if world_size > 1 and device != "cpu" and torch.cuda.is_available():
-        use_device = f"cuda:{local_rank}"  # a GPU for each process
-    use_device = torch.device(pick_device(use_device)).type  # of GPUs the one that is now the current one
+        use_device = f"cuda:{local_rank}"  # each process has a GPU of its own
+    use_device = torch.device(pick_device(use_device)).type  # "cuda" is the GPU that pick_device has chosen
     if world_size > 1:
         chosen = backend
         if backend == "auto":
             chosen = dist.get_default_backend_for_device(use_device)  # nccl for CUDA, gloo for CPUs
-        with user_error("several processes are started by torchrun"):  # its variables are not all set, or odd
+        with user_error("cannot connect to the other processes; start them all with torchrun"):
             dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
     use_dtype = pick_dtype(dtype, use_device, training=True)
     if use_device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 is left
+        torch.set_float32_matmul_precision("high")  # TF32 for products that are left in float32
     else:
-        # this switch governs the CPU too, where the backward pass of fused attention is slow in bfloat16
+        # this switch also applies to CPUs, where the backward pass of fused attention is slow in bfloat16
         torch.backends.cuda.enable_flash_sdp(use_dtype == "float32")
         if sys.platform == "linux":
-            # glibc keeps memory that is freed, for the next step: page faults took 30% of a step
+            # let glibc keep freed memory for the next step: page faults took 30% of a step
             libc = ctypes.CDLL(None)
             libc.mallopt(-3, 32_000_000)  # M_MMAP_THRESHOLD, which may be 32 MiB at most
             libc.mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
@@ -473,18 +480,18 @@ def start_machine():
 
 
 def build_model(checkpoint, config, vocab_size):
-    """The model of a checkpoint, or a new one of the settings for the dataset's vocabulary."""
+    """The model of a checkpoint, or a new one for a vocabulary of vocab_size."""
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in vars(GPTConfig()) if name in config}
     if checkpoint:
         return GPT.from_checkpoint(checkpoint, **model_args)
     if vocab_size >= 1024:
-        vocab_size += -vocab_size % 64  # up to a multiple of 64, which multiplies faster on a GPU
+        vocab_size += -vocab_size % 64  # round up to a multiple of 64, which is faster on a GPU
     return GPT(GPTConfig(vocab_size=vocab_size, **model_args))
 
 
 def compiled_or_not(model, use_device):
-    """The model compiled, where that is wanted and works. Raises ModelError where it must and does not."""
+    """The model, compiled if that is wanted and works. Raises ModelError if --compile=True does not work."""
     if compile is True or (compile == "auto" and use_device == "cuda"):
         try:
             check_compiler(use_device)
@@ -492,23 +499,24 @@ def compiled_or_not(model, use_device):
         except ModelError as error:
             if compile is True:
                 raise
-            warn(f"training uncompiled: {error}")
+            warn(f"training without torch.compile: {error}")
     return model
 
 
-def compile_now(model, batch, autocast):
-    """Let torch.compile do its work in a step that changes nothing: no other takes the time for it."""
-    x, y, _ = batch
+def compile_now(model, use_device, autocast):
+    """Let torch.compile work in a step that changes nothing, so that no timed step contains it."""
+    x, y = torch.zeros(2, batch_size, block_size, dtype=torch.int64, device=use_device)
     with autocast:
         model(x, y)[1].backward()
     model.zero_grad(set_to_none=True)
 
 
 def restore(optimizers, scaler, checkpoint):
-    """Take over the state of a run's optimizers, by the names of the parameters, and return how far it is.
+    """Load the state of a run's optimizers and scaler; returns its meta, step, tokens and seconds.
 
-    By name, for their places change when two lines of the model do. Fused optimizers trust the sizes, so each
-    tensor must have its parameter's, and gets memory of its own. Raises UserError.
+    The state is found by the names of the parameters, because their order may change with the model's code.
+    Fused optimizers do not check sizes, so each tensor must have the shape of its parameter and is copied.
+    Raises UserError.
     """
     with user_error(f"{out_dir}/ckpt.pt is no run to resume, or its optimizer's state is damaged"):
         for opt, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
@@ -516,69 +524,69 @@ def restore(optimizers, scaler, checkpoint):
                 places = dict(zip(old["param_names"], old["params"], strict=True))
                 for name, p in zip(group["param_names"], group["params"], strict=True):
                     state = saved["state"].get(places[name])
-                    if not state:  # before the first step there is none
+                    if not state:  # there is none before the first step
                         continue
                     for key in STATE.get(type(opt).__name__, state):
                         shape = () if key in ("step", "mu_product") else p.shape
                         if state[key].shape != shape:
-                            raise ValueError(f"another shape of {key}")
+                            raise ValueError(f"{key} of {name} has another shape")
                         opt.state[p][key] = p.new_empty(shape).copy_(state[key])
-        # a run in another precision had none, or has none now
+        # the scaler's state is empty in a run of another precision
         old, fresh = checkpoint["scaler"], scaler.state_dict()
         scaler.load_state_dict({key: type(fresh[key])(old.get(key, fresh[key])) for key in fresh})
         return checkpoint["meta"], checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
 
 
 def loss_to_beat(path, measured_by):
-    """The validation loss of best.pt, where it was measured on this data in this way; else infinity."""
+    """The validation loss of best.pt if it was measured on this data and in this way; else infinity."""
     if path.exists():
         best = load_checkpoint(path)
         if best.get("measured_by") == measured_by:
             return best["best_val_loss"]
         if not eval_only:
-            warn("best.pt was measured on other data or in another way: the next evaluation replaces it")
+            warn("best.pt was measured on other data or in another way, so the next evaluation replaces it")
     return math.inf
 
 
 def main(given):
-    """The whole run. given: the settings that are not left at their defaults, as configure returns them."""
+    """The whole run. given: the settings that the user has given, as configure returns them."""
     # -- what is given: a checkpoint to start from, settings, a dataset
     speak_utf8()
     run = Path(out_dir)
     checkpoint, weights, resume = load_start(run, given)
     config = check_settings(given)
-    # one process of each machine reads all the IDs
+    # one process of each machine reads all IDs, to check them
     train_data, val_data, meta, tokenizer = load_dataset(
         dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"], local_rank == 0
     )
     train_mask, val_mask = load_mask(dataset, "train", train_data), load_mask(dataset, "val", val_data)
     if checkpoint and tokenizer_of(weights, checkpoint).meta != tokenizer.meta:
         raise UserError(
-            f"data/{dataset} has another tokenizer than the weights; prepare your text with theirs: "
+            f"data/{dataset} has another tokenizer than the weights; prepare your text with that one: "
             f"python prepare.py TEXT --tokenizer={weights} --name=NAME, then --dataset=NAME"
         )
 
     # -- the machine
     use_device, use_dtype = start_machine()
     autocast = torch.autocast(use_device, getattr(torch, use_dtype), enabled=use_dtype != "float32")
-    # in float16 small gradients would vanish: the loss is scaled up, the gradients down again
+    # small gradients would vanish in float16: so the loss is scaled up, and the gradients down again
     scaler = torch.amp.GradScaler(use_device, enabled=use_dtype == "float16")
 
     # -- the model and its optimizers
     model = build_model(checkpoint, config, tokenizer.vocab_size).to(use_device).train()
     for_muon = muon_learning_rate if optimizer == "muon" else None
     optimizers = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), for_muon)
-    measured_by = [meta, eval_iters, batch_size, dtype]  # what a validation loss belongs to
+    measured_by = [meta, eval_iters, batch_size, dtype]  # losses compare only if these are the same
     step, tokens, seconds, best_val_loss, waited = 0, 0, 0.0, math.inf, 0
     if resume:
         old_meta, step, tokens, seconds = restore(optimizers, scaler, checkpoint)
         waited = checkpoint.get("evaluations_since_best", 0)
         if old_meta != meta:
-            warn("the dataset is not what the run has read so far: it goes on with other data")
+            warn("the dataset has changed since the run began: it goes on with other data")
         best_val_loss = loss_to_beat(run / "best.pt", measured_by)
     del checkpoint  # give its memory back
     if sum_over_processes([step], use_device)[0] != step * world_size:
-        raise UserError("not every machine finds the same checkpoint: all must share the folder out_dir")
+        raise UserError("the machines find different checkpoints: all of them must share the folder out_dir")
     compiled = compiled_or_not(model, use_device)
     parallel = DistributedDataParallel(compiled) if world_size > 1 else compiled
 
@@ -586,7 +594,7 @@ def main(given):
     rows = gradient_accumulation_steps * batch_size  # windows a step, of all processes together
     steps_per_epoch = count_windows(len(train_data), block_size, stride or block_size) // rows
     if not steps_per_epoch and (data_order == "epoch" or max_epochs):
-        raise UserError(f"a step of {rows} windows is more than data/{dataset}/train.bin holds")
+        raise UserError(f"data/{dataset}/train.bin holds less than one step of {rows} windows")
     last_step = max_epochs * steps_per_epoch if max_epochs else max_iters
     decay_iters = value_or(lr_decay_iters, last_step)
     lowest_lr = value_or(min_lr, learning_rate / 10 if lr_schedule == "cosine" else 0.0)
@@ -595,16 +603,16 @@ def main(given):
     prompt, token_bytes = val_data[:8].tolist(), None
     if sample_prompt is not None:
         prompt = sample_prompt and tokenizer.encode(clean(sample_prompt))
-    if prompt or "val_bytes" in meta:  # else no vocabulary need be fetched
+    if prompt or "val_bytes" in meta:  # otherwise the vocabulary may have to be downloaded
         token_bytes = bytes_per_token(meta, tokenizer, val_data)
     metrics = None
     if not (rank or eval_only):
         metrics = Metrics(run, step)
         if resume and load_checkpoint(run / "ckpt.pt")["step"] != step:
-            raise UserError("another process has gone on with this run meanwhile: start again")
-        metrics.write_all()  # a run that can write nothing ends here
-    for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP, which Windows has not, SIGINT and SIGTERM
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets the first
+            raise UserError("another process has continued this run in the meantime: start again")
+        metrics.write_all()  # a run that cannot write ends here
+    for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP (not on Windows), SIGINT and SIGTERM
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
     print0(
         f"{model.num_params():,} parameters on {use_device}, {use_dtype}\n"
@@ -613,18 +621,17 @@ def main(given):
     if warmup_iters >= last_step > 0:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
     if compiled is not model and not eval_only:
-        first = np.zeros(batch_size, int)
-        compile_now(parallel, get_batch(train_data, train_mask, first, block_size, use_device), autocast)
-    gc.freeze()  # what is there stays; and no collection stops a step
+        compile_now(parallel, use_device, autocast)
+    gc.freeze()  # what exists now stays, and garbage is collected only at evaluations: it could delay a step
     gc.disable()
     bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
 
     # -- the loop: evaluate, save, step, log
-    stopping, saved = False, True  # whether the last checkpoint could be written
+    stopping, saved = False, True  # saved: whether the last checkpoint could be written
     first_step, logged_tokens, logged_seconds = step, tokens, seconds
     flops_per_token = model.flops_per_token()
     while True:
-        # evaluate: at the start, every eval_interval steps and at the end, on the same windows every time
+        # evaluate: at the start, every eval_interval steps and at the end, always on the same windows
         improved = False
         ends = step >= last_step or stopping or eval_only
         evaluates = (step % eval_interval == 0 or ends) and not stopping
@@ -638,7 +645,7 @@ def main(given):
                 f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
                 f"perplexity {math.exp(min(val_loss, 700)):.2f}"
             )
-            # bits per byte of text compare tokenizers, as nats per token do not; None where nobody knows
+            # bits per byte of text compare tokenizers, which nats per token do not; None if unknown
             val_bpb = token_bytes and val_loss / math.log(2) / token_bytes
             if val_bpb:
                 report += f", {val_bpb:.4f} bits per byte"
@@ -647,10 +654,12 @@ def main(given):
             improved = val_loss < best_val_loss
             if improved:
                 best_val_loss, waited = val_loss, 0
-            elif step > first_step:  # a resumed run has counted this one already
+            elif step > first_step:  # a resumed run has already counted this one
                 waited += 1
             if patience and waited >= patience:
-                print0("patience is at its end: no better validation loss for so many evaluations")
+                print0(
+                    f"no better validation loss for {waited} evaluations, which ends the run ({patience=})"
+                )
                 ends = True
             if metrics:
                 metrics.log(
@@ -662,14 +671,14 @@ def main(given):
                     seconds=seconds,
                 )
                 metrics.plot()
-            if prompt:  # it and 100 tokens more, in float32; each step seeds anew, so these draws change none
+            if prompt:  # print it with 100 more tokens; each step seeds anew, so these draws change nothing
                 torch.manual_seed(seed)
                 idx = torch.tensor([prompt], device=use_device)  # (1, T)
                 idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
                 print0(tokenizer.decode(idx[0].tolist()))
             compiled.train()
 
-        # save, and never weights that are not finite
+        # save, but never weights that are not finite
         if improved or stopping or (evaluates and always_save_checkpoint):
             stop_if_not_finite(get_total_norm(model.parameters()), f"step {step}: the weights are not finite")
             if metrics:
@@ -690,47 +699,47 @@ def main(given):
                 state["optimizer"] = [opt.state_dict() for opt in optimizers]
                 state["scaler"] = scaler.state_dict()
                 if stopping:
-                    metrics.plot()  # an evaluation has done so
+                    metrics.plot()  # otherwise the evaluation has done so
                 saved = save_or_warn(run / "ckpt.pt", state)
         if ends and not saved:
-            raise UserError("the end of the run is lost, for ckpt.pt could not be written")
+            raise UserError("the end of the run is lost, because ckpt.pt could not be written")
         if ends:
             break
 
-        # step: its learning rate, batch and dropout depend on the seed and its number alone
+        # step: its learning rate, batch and dropout depend only on the seed and the step
         started = time.perf_counter()
         lr = get_lr(step, learning_rate, lowest_lr, warmup_iters, decay_iters, lr_schedule)
         for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate), strict=False):
             for group in opt.param_groups:
-                group["lr"] = peak * lr / (learning_rate or 1)  # Muon's follows the curve of AdamW's
-        # each process draws another dropout, and no random state has to be saved
+                group["lr"] = peak * lr / (learning_rate or 1)  # Muon's rate follows the curve of AdamW's
+        # each process draws different dropout, and no random state has to be saved
         torch.manual_seed(np.random.default_rng((seed, step, rank)).integers(2**63))
         apart = (stride or block_size) if data_order == "epoch" else None  # None: windows start anywhere
         starts = batch_starts(step, rows, len(train_data), block_size, seed, apart)
         micro_batches = starts.reshape(-1, batch_size)[rank::world_size]  # this process's share
-        learned_tokens = learned_places(train_mask, starts, block_size).sum()  # of all processes
+        learned_tokens = learned_places(train_mask, starts, block_size).sum()  # in all processes together
         loss_sum = 0.0
         for i, micro_batch in enumerate(micro_batches):
             x, y, learned = get_batch(train_data, train_mask, micro_batch, block_size, use_device)
-            # DDP, if it is there, averages the gradients over the processes once, after the last micro-batch
+            # DDP averages the gradients over the processes only once, after the last micro-batch
             parallel.require_backward_grad_sync = i == len(micro_batches) - 1
             with autocast:
-                # DDP's mean over the processes becomes the mean over all tokens of the step that are learned
+                # so weighted, DDP's mean over processes is the mean over all tokens of the step that count
                 loss = parallel(x, y)[1] * (learned * world_size / max(1, learned_tokens))
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         for opt in optimizers:
             scaler.unscale_(opt)
         grad_norm = clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if not scaler.is_enabled() or grad_norm.isfinite():  # float16 passes over a step that overflowed
+        if not scaler.is_enabled() or grad_norm.isfinite():  # float16 skips a step that overflowed
             for opt in optimizers:
                 scaler.step(opt)
-        scaler.update()  # and lowers its scale then
+        scaler.update()  # which lowers the scale after an overflow
         model.zero_grad(set_to_none=True)
         tokens += rows * block_size
         bar.update()
 
-        # log; several processes agree on a stop only here
+        # log; several processes agree to stop only here
         logs = step % log_interval == 0 or (stop_requested and world_size == 1)
         if logs:
             mean_loss, stopping = sum_over_processes(
@@ -771,7 +780,7 @@ def main(given):
 
 
 def resume_command():
-    """What to type to go on with this run; on several machines, with torchrun's other flags as before."""
+    """The command that goes on with this run. On several machines, torchrun's other flags stay the same."""
     launch = "python"
     if world_size > 1:
         launch = f"torchrun --nproc_per_node={os.getenv('LOCAL_WORLD_SIZE')}"
@@ -779,19 +788,19 @@ def resume_command():
 
 
 def stop_if_not_finite(number, what):
-    """Raises UserError where a number is not finite. The weights of a checkpoint always are."""
+    """Raises UserError if a number is not finite. what: the text that says which one."""
     if not math.isfinite(number):
         raise UserError(f"{what}; is the learning rate too high? {out_dir}/ckpt.pt is as it was before")
 
 
 def end(message):
     """End the run with one line on standard error."""
-    # the first process of a machine speaks first; torchrun ends the others before they say the same
+    # the first process of a machine prints first; torchrun then ends the others, before they print the same
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2 * local_rank)
     say(f"train.py: {message}", sys.stderr)
     if world_size > 1:
-        os._exit(1)  # an orderly end would wait for a process that is lost
+        os._exit(1)  # an orderly end would wait for a lost process
     sys.exit(1)
 
 
@@ -807,7 +816,7 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         end(f"out of memory with {batch_size=}: halve it and double {gradient_accumulation_steps=}")
     except RuntimeError as error:
-        # gloo reports a lost process by the type of error that PyTorch has for any mistake: do all meet?
+        # a lost process and any mistake raise the same type of error: can the processes still meet?
         try:
             if dist.is_initialized():
                 dist.barrier()

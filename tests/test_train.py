@@ -449,3 +449,8 @@ def test_ranks_must_divide_the_micro_batches(workdir):
     env = {"RANK": "0", "WORLD_SIZE": "4"}
     line = refused("train.py", *TINY, "--gradient_accumulation_steps=6", cwd=workdir, env=env)
     assert "gradient_accumulation_steps=6" in line and "4" in line
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU it trains")
+def test_without_a_gpu_and_a_config_it_says_what_to_type(workdir):
+    assert "python train.py config/quickstart.py" in refused("train.py", cwd=workdir)
