@@ -3,8 +3,8 @@
     python train.py config/quickstart.py --batch_size=32
 
 The config file runs first, in a namespace of its own; flags win over it. It is a Python program and runs with
-your rights, so run only those that you have read. A setting has the type of its default, or that of its
-annotation where it has one (`min_lr: float | None = None`).
+your rights, so run only config files that you have read. A setting has the type of its default, or of its
+annotation if it has one (`min_lr: float | None = None`).
 """
 
 import difflib
@@ -18,31 +18,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-# nanoGPT's config files run here. These keys of theirs are passed over,
+# nanoGPT's config files run here. These keys are passed over.
 UNUSED = {"wandb_log", "wandb_project", "wandb_run_name"}
-# and this is what its decay_lr means.
+# This is what nanoGPT's decay_lr means here.
 DECAY_LR = {
     True: {"lr_schedule": "cosine"},
     False: {"lr_schedule": "constant", "warmup_iters": 0},
 }
 
-# settings that are paths, where ~ is the home folder
+# Settings that are paths, in which ~ is the home folder.
 PATHS = {"out_dir", "init_from"}
 
-# what a flag may say, other than numbers and text
+# Words that a flag may have as its value.
 WORDS = {"None": None, "True": True, "true": True, "False": False, "false": False}
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line that says what is wrong and what to do."""
+    """A mistake of the user: one line that says what is wrong and what to do."""
 
 
 def configure(settings: dict, argv: list | None = None) -> dict:
     """Override a script's settings in place with a config file and flags.
 
     settings: the script's globals(), whose first variables are its settings
-    argv: the command line without the script's name; sys.argv[1:] where None
-    Returns what was overridden. Raises SystemExit with one line that names the mistake (or 0 after --help).
+    argv: the command line without the script's name; None means sys.argv[1:]
+    Returns what was overridden. Raises SystemExit with one line that names the mistake, or 0 after --help.
     """
     argv = sys.argv[1:] if argv is None else argv
     known = read_settings(settings)
@@ -51,14 +51,14 @@ def configure(settings: dict, argv: list | None = None) -> dict:
         sys.exit()
     given = {}
     try:
-        # files first, so that flags win, wherever they stand on the line
+        # files come first, so that flags win wherever they stand on the line
         for argument in sorted(argv, key=lambda argument: argument.startswith("-")):
             if argument.startswith("-"):
                 given |= read_flag(argument, known)
             else:
                 given |= run_config_file(argument, known)
     except UserError as error:
-        # an error in a config file may have several lines
+        # the text of an error may have several lines
         message = " ".join(str(error).split())
         raise SystemExit(f"{Path(settings['__file__']).name}: {message}") from None
     settings.update(given)
@@ -67,7 +67,7 @@ def configure(settings: dict, argv: list | None = None) -> dict:
 
 def read_flag(flag, known):
     """{key: value} of --key=value. Raises UserError."""
-    key, equals, text = flag.removeprefix("--").partition("=")  # the text may hold more of them
+    key, equals, text = flag.removeprefix("--").partition("=")  # the text may hold more = signs
     if not flag.startswith("--") or not equals:
         raise UserError(f"flags are written --key=value, not {flag!r}")
     return override(key, text, known, is_text=True)
@@ -80,7 +80,7 @@ SETTING = re.compile(r"([a-z]\w*)(?:: (.+?))? = .*?(?:  # (.*))?")
 def read_settings(settings: dict) -> dict:
     """{name: (type, comment)} of a script's settings, in the order of its source.
 
-    Those are the lines above its `if __name__` that look as SETTING does, so each stands on one line.
+    Settings are the lines above `if __name__` that match SETTING, so each must stand on one line.
     """
     source = Path(settings["__file__"]).read_text(encoding="utf-8")
     known = {}
@@ -105,20 +105,20 @@ def print_help(settings, known):
 
 
 def run_config_file(path, known):
-    """Run a config file and return the settings that it makes. Raises UserError naming file and line."""
-    namespace = {"__file__": path}  # its own, not the script's
+    """Run a config file and return the settings that it makes. Raises UserError, with file and line."""
+    namespace = {"__file__": path}  # not the script's
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
     except OSError as error:
         raise UserError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
-    except Exception as error:  # it is a program, which may raise anything
-        frames = traceback.extract_tb(error.__traceback__)  # this file's, then the config file's
+    except Exception as error:  # a config file is a program and can raise any error
+        frames = traceback.extract_tb(error.__traceback__)  # first this file's, then the config file's
         line = frames[1].lineno if len(frames) > 1 else getattr(error, "lineno", None)
         raise UserError(f"{path}, line {line}: {error!r}") from None
     unused = sorted(namespace.keys() & UNUSED)
     if unused:
         print(f"{', '.join(unused)} passed over: there is no such logging here", file=sys.stderr)
-        namespace.setdefault("dataset", "openwebtext")  # which nanoGPT means where its config names none
+        namespace.setdefault("dataset", "openwebtext")  # nanoGPT's default
     given = {}
     try:
         for key, value in namespace.items():
@@ -134,10 +134,10 @@ def run_config_file(path, known):
 
 
 def override(key, value, known, is_text=False):
-    """{key: value}, checked and of the wanted type; of a key of nanoGPT's, what it means here, if anything.
+    """{key: value}, checked and converted; for a key of nanoGPT, the settings that it means here, if any.
 
-    known: as read_settings returns it; is_text: value is a flag's text, to be read as the wanted type
-    Raises UserError naming key, wanted type and value.
+    known: what read_settings returns; is_text: whether value is the text of a flag, still to be converted
+    Raises UserError, with the key, the wanted type and the value.
     """
     if key in UNUSED:
         return {}
@@ -168,10 +168,10 @@ def convert(key, value, kind, is_text):
         fits = str(value) in choices
         value = choices.get(str(value), value)
     else:
-        # a whole number is a float too, where no digit of it is lost
+        # a whole number can stand for a float if that loses no digit
         if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:
             value = float(value)
-        # types are compared exactly, for True is an int to isinstance
+        # types are compared exactly, because isinstance takes True for an int
         fits = type(value) in wanted and (type(value) is not float or math.isfinite(value))
     if not fits:
         raise UserError(f"{key} wants {' or '.join(names)}, not {value!r}")
@@ -179,12 +179,12 @@ def convert(key, value, kind, is_text):
 
 
 def read_text(text, wanted):
-    """A flag's text as one of the wanted values or types; the text itself where it is none of them."""
+    """A flag's text as one of the wanted values or types, or the text itself if it fits none of them."""
     word = WORDS.get(text, text)
     if word in wanted or type(word) in wanted:
         return word
-    for number in (int, float):  # in this order, so that 3 stays an int where both are wanted
-        with suppress(ValueError):  # it will be refused as the text that it is
+    for number in (int, float):  # in this order, so that 3 becomes an int if both are wanted
+        with suppress(ValueError):  # convert refuses what stays text
             if number in wanted:
                 return number(text)
     return text
