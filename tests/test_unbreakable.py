@@ -698,6 +698,50 @@ def test_pipes_are_no_prompts(trained, workdir, tmp_path):
     assert "no such file" in refused("sample.py", *args, cwd=workdir)
 
 
+@pytest.fixture(scope="module")
+def described(tmp_path_factory):
+    """{tokenizer: (a folder with data/<tokenizer>, its meta.json as an object)}"""
+    folder = tmp_path_factory.mktemp("described")
+    (folder / "text.txt").write_text("A few words, again and again. " * 100)
+    found = {}
+    for kind in ("char", "word", "bpe"):
+        args = [f"--tokenizer={kind}", "--vocab_size=270", f"--name={kind}"]
+        run("prepare.py", "text.txt", *args, cwd=folder)
+        found[kind] = json.loads((folder / "data" / kind / "meta.json").read_text())
+    return folder, found
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_meta_json_is_read_or_refused_in_one_line(described, monkeypatch, data):
+    folder, found = described
+    monkeypatch.chdir(folder)
+    kind = data.draw(st.sampled_from(sorted(found)))
+    meta = parent = copy.deepcopy(found[kind])
+    key = data.draw(st.sampled_from(sorted(meta)))
+    while isinstance(parent[key], dict | list) and parent[key] and data.draw(st.integers(0, 3)):
+        parent = parent[key]
+        key = data.draw(st.sampled_from(sorted(parent) if isinstance(parent, dict) else range(len(parent))))
+    words = st.sampled_from(["char", "word", "bpe", "gpt3", "uint16", "uint32"]) | st.text(max_size=3)
+    plain = st.none() | st.booleans() | st.integers() | st.floats() | words
+    anything = st.recursive(
+        plain, lambda x: st.lists(x, max_size=3) | st.dictionaries(words, x, max_size=2), max_leaves=5
+    )
+    if data.draw(st.booleans()):
+        parent[key] = data.draw(anything)
+    else:
+        del parent[key]
+    (folder / "data" / kind / "meta.json").write_text(json.dumps(meta))
+    try:
+        train_data, val_data, meta, tokenizer = load_dataset(kind, 8)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert max(train_data.max(), val_data.max()) < tokenizer.vocab_size
+    assert isinstance(tokenizer.decode(val_data.tolist()), str)
+    prepare.bytes_per_token(meta, tokenizer, val_data)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_metrics_file_is_read(tmp_path_factory, data):
