@@ -32,15 +32,17 @@ FIELD_CHOICES = {
     "position": ("learned", "rope"),
     "init": ("gpt2", "zero", "torch"),
 }
-FIELD_RANGES = {  # (the smallest value, the value that it must stay below): fields
-    (1, 10_000_000): ("block_size", "vocab_size", "n_head", "n_embd"),
-    (0, 1000): ("n_layer",),
-    (0, 1): ("dropout", "embd_dropout", "attn_dropout", "resid_dropout"),
+FIELD_RANGES = {  # the smallest value, and the value that it must stay below
+    "block_size": (1, 10_000_000),
+    "vocab_size": (1, 10_000_000),
+    "n_layer": (0, 1000),
+    "n_head": (1, 10_000_000),
+    "n_embd": (1, 10_000_000),
+    "dropout": (0, 1),
+    "embd_dropout": (0, 1),
+    "attn_dropout": (0, 1),
+    "resid_dropout": (0, 1),
 }
-
-# The attention kernels for generation. cuDNN's is left out: on Hopper and later GPUs it makes a plan for each
-# new length, which takes 30 ms.
-GENERATION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class ModelError(ValueError):
@@ -78,11 +80,10 @@ class GPTConfig:
                 raise ModelError(f"{name} cannot be {value!r:.40}")
             if value not in FIELD_CHOICES.get(name, [value]):
                 raise ModelError(f"{name}={value!r} is none of {', '.join(FIELD_CHOICES[name])}")
-        for (low, limit), names in FIELD_RANGES.items():
-            for name in names:
-                value = value_or(getattr(self, name), low)
-                if not low <= value < limit:
-                    raise ModelError(f"{name} must be at least {low} and below {limit}, not {value}")
+        for name, (low, limit) in FIELD_RANGES.items():
+            value = value_or(getattr(self, name), low)
+            if not low <= value < limit:
+                raise ModelError(f"{name} must be at least {low} and below {limit}, not {value}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if self.position == "rope" and self.head_size % 2:
@@ -102,9 +103,9 @@ def value_or(value, default):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, but without random weights on the meta device: there they would import torch's compiler.
+    """nn.Embedding, but it draws no random weights on the meta device.
 
-    This saves a second at each start of sample.py. nn.Linear has no such cost.
+    There, these draws would import torch's compiler, which takes a second at each start of sample.py.
     """
 
     def reset_parameters(self):
@@ -147,15 +148,15 @@ class KVCache(nn.Module):
         )
 
     def extend(self, positions):
-        """The next tokens are those at positions (T,). Each may look at itself and at those before it."""
+        """Make ready for new tokens at positions (T,). Each may look at itself and at those before it."""
         self.new_positions = positions
-        # True where a token may look: (S,) <= (T, 1) -> (T, S)
+        # True where a new token (T, 1) may look at a place (S,): (T, S)
         self.mask = torch.arange(self.kv.size(4), device=positions.device) <= positions[:, None]
 
     def update(self, layer, k, v):
         """Store a block's new keys and values (B, H, T, D); return those of all places, (B, H, S, D)."""
         kv = self.kv[layer]  # (2, B, H, S, D)
-        # autocast may have made k and v bfloat16, so they take the type of the cache
+        # this writes into the cache in place; autocast may have made k and v bfloat16
         return kv.index_copy_(3, self.new_positions, torch.stack((k, v)).type_as(kv))
 
 
@@ -176,13 +177,15 @@ class CausalSelfAttention(nn.Module):
         """x: (B, T, C); angles: rotary ones of the T positions; cache: a KVCache. Returns (B, T, C)."""
         B, T, C = x.shape
         H, D = self.config.n_head, self.config.head_size
-        q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        # (B, T, 3C) -> (B, T, 3, H, D) -> (3, B, H, T, D), of which each part is (B, H, T, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
         if self.config.qk_norm:
             q, k = (F.rms_norm(vectors, (D,), eps=1e-6).type_as(v) for vectors in (q, k))
         if angles:
             q, k = rotate(q, *angles), rotate(k, *angles)
 
-        mask = None  # means the causal mask: each token looks at itself and those before it; here S is T
+        # None stands for the causal mask: each token looks at itself and those before it. S is T then.
+        mask = None
         if cache:
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
             mask = cache.mask  # (T, S)
@@ -233,6 +236,55 @@ class Block(nn.Module):
         return x + self.resid_dropout(self.mlp(self.ln_2(x)))  # (B, T, C)
 
 
+# -- choosing the next token ---------------------------------------------------------------------------------
+
+# The attention kernels for generation. cuDNN's is left out: on Hopper and later GPUs it makes a plan for each
+# new length, which takes 30 ms.
+GENERATION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """Probabilities (B, V) float32 of the next token, from its logits (B, V); excluded tokens get 0.
+
+    In this order: logits are divided by temperature (0 is greedy); the top_k largest are kept; of those, the
+    smallest set of most probable tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman
+    et al. 2019). Raises ModelError if one of the three makes no sense.
+    """
+    # written so that NaN is refused too
+    if not (temperature >= 0 and value_or(top_k, 1) >= 1 and 0 < value_or(top_p, 1) <= 1):
+        raise ModelError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
+    if temperature < 1e-30:  # 0, or less than float32 can divide by
+        temperature, top_k = 1.0, 1  # greedy: only the likeliest token is left
+    # the largest becomes 0, so that nothing overflows
+    logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature
+    if top_k is not None:
+        kept, ids = logits.topk(min(top_k, logits.size(-1)))
+        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, order = probs.sort(stable=True)  # each (B, V), the least probable first
+        tail = ordered.cumsum(-1) <= 1 - top_p  # without these, the others still sum to top_p
+        tail[:, -1] = False  # the most probable token stays, however small top_p is
+        probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)  # the rest sums to 1 again
+    return probs
+
+
+def draw(probs, generator):
+    """Draw a token ID for each row of probs (B, V): the first whose running sum reaches a random number.
+
+    Returns (B, 1). torch.multinomial draws a number for each of the V IDs, which takes 9 ms for 8 rows of
+    GPT-2's vocabulary; this takes 1 ms.
+    """
+    sums = probs.cumsum(-1)
+    generators = generator if isinstance(generator, list) else [generator]
+    rows = len(probs) // len(generators)  # the rows of each generator
+    draws = [torch.rand(rows, 1, generator=each, device=probs.device) for each in generators]
+    # in (0, 1], not in [0, 1), so that an ID of probability 0 is never drawn
+    uniform = 1 - torch.cat(draws)
+    return torch.searchsorted(sums, sums[:, -1:] * uniform)
+
+
 # -- the model -----------------------------------------------------------------------------------------------
 
 
@@ -262,9 +314,9 @@ class GPT(nn.Module):
     def init_weights(self):
         """Draw matrices from N(0, 0.02), set biases to 0. With init="torch" the layers keep their own draws.
 
-        The outputs of 2 n_layer projections add up in the residual stream. So "gpt2" divides their 0.02 by
-        sqrt(2 n_layer) (Radford et al. 2019, section 2.3). "zero" sets these projections to 0, so that each
-        block begins as the identity.
+        The outputs of 2 n_layer projections add up in the residual stream. So "gpt2" divides the 0.02 of
+        these by sqrt(2 n_layer) (Radford et al. 2019, section 2.3). "zero" sets them to 0, so that each block
+        begins as the identity.
         """
         for name, p in self.named_parameters():
             std = 0.02
@@ -280,9 +332,9 @@ class GPT(nn.Module):
 
         idx: (B, T) int64 token IDs. targets: (B, T) int64; targets of -1 are ignored.
         cache: a KVCache that was extended by the positions of idx. Without a cache they begin at 0.
-        Without targets it returns (logits, None): those of the last position, (B, 1, V), or with all_logits
-        those of all, (B, T, V). With targets it returns (None, loss), the mean cross-entropy in nats; with
-        all_logits the logits as well, which take much memory in a large model.
+        Returns without targets: the logits of the last position (B, 1, V), and None.
+        Returns with targets: None, and the loss, the mean cross-entropy in nats.
+        With all_logits, both cases return the logits of all positions (B, T, V), which take much memory.
         Raises ModelError if T exceeds block_size.
         """
         T = idx.size(1)
@@ -304,19 +356,20 @@ class GPT(nn.Module):
         logits = self.lm_head(x)  # (B, T, V), or (B, 1, V)
         if targets is None:
             return logits, None
-        # cross_entropy wants all positions in one row: (B T, V) and (B T,)
+        # cross_entropy takes one row of logits for each target: (B T, V) and (B T,)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return (logits if all_logits else None), loss
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Number of parameters. non_embedding leaves out embeddings that are not also the output layer."""
+        """Number of parameters. non_embedding counts only those of the blocks, ln_f and the output layer."""
         parts = [self.transformer.h, self.transformer.ln_f, self.lm_head] if non_embedding else [self]
         return sum(p.numel() for part in parts for p in part.parameters())
 
     def flops_per_token(self) -> int:
         """Floating point operations per token in training, forward and backward pass, at full context.
 
-        6 N + 12 n_layer n_embd T (Chowdhery et al. 2022, PaLM, appendix B).
+        6 N + 12 n_layer n_embd T, where N are the parameters without embeddings (Chowdhery et al. 2022, PaLM,
+        appendix B).
         """
         c = self.config
         return 6 * self.num_params(non_embedding=True) + 12 * c.n_layer * c.n_embd * c.block_size
@@ -345,8 +398,8 @@ class GPT(nn.Module):
         over the B rows in equal parts.
         stop: the token ID that ends a sequence. The sequence then repeats it until all sequences have ended.
         vocab_size: IDs at or above it are padding and are never sampled.
-        slide: how many tokens a full context moves on at once. With 1, each token sees exactly the block_size
-        tokens before it, and the cache is computed anew for each token; else only for every slide-th token.
+        slide: how many of the oldest tokens are dropped when the context is full. The cache is then computed
+        anew, so 1 is slow; but with 1 each token sees exactly the block_size tokens before it.
         Raises ModelError if an argument makes no sense.
         """
         block_size = self.config.block_size
@@ -357,18 +410,17 @@ class GPT(nn.Module):
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
         ended = torch.zeros_like(idx[:, :1], dtype=torch.bool)
         new = idx = idx[:, -block_size:]  # new: the tokens that are not in the cache yet
-        step = self.next_logits
         for _ in range(max_new_tokens):
             if idx.size(1) > block_size:
-                # the context moves on, and every position changes, so the cache is filled anew
+                # the last block_size + 1 - slide tokens stay; their positions change, so all are new
                 new = idx = idx[:, slide - 1 - block_size :]
-                step = self.next_logits
             cache.extend(torch.arange(idx.size(1) - new.size(1), idx.size(1), device=idx.device))
+            one_token = new.size(1) == 1
+            step = self.compiled_step if one_token and self.compiled_step else self.next_logits
             with sdpa_kernel(GENERATION_KERNELS):
                 logits = step(new, cache)  # (B, V)
             probs = next_token_probs(logits[:, :vocab_size], temperature, top_k, top_p)  # (B, V)
             new = draw(probs, generator)  # (B, 1)
-            step = self.compiled_step or self.next_logits  # from now on, one token at a time
             if stop is not None:
                 # a sequence that has ended repeats stop, so that the batch stays a rectangle
                 new = new.masked_fill(ended, stop)
@@ -423,7 +475,7 @@ class GPT(nn.Module):
             checkpoint = load_checkpoint(checkpoint)
         weights = {}
         try:
-            config = GPTConfig(**checkpoint["model_args"] | changes)
+            config = GPTConfig(**(checkpoint["model_args"] | changes))
             for name, tensor in checkpoint["model"].items():
                 name = name.removeprefix("_orig_mod.")  # the prefix of a compiled model
                 if not name.startswith(("transformer.", "lm_head.")):  # the first files of Hugging Face
@@ -433,15 +485,16 @@ class GPT(nn.Module):
                 if not name.endswith((".attn.bias", ".attn.masked_bias")):  # these are masks, not weights
                     weights[name] = tensor
             if config.tie_weights:
+                # one Parameter under both names stays one in load_state_dict
                 wte = weights["transformer.wte.weight"] = nn.Parameter(weights["transformer.wte.weight"])
                 if not torch.equal(weights.get("lm_head.weight", wte), wte):
                     raise ModelError("the output layer differs from the token embedding, against tie_weights")
                 weights["lm_head.weight"] = wte
-            with torch.device("meta"):  # which needs no memory and no random numbers
+            with torch.device("meta"):  # parameters have shapes, but no memory yet
                 model = cls(config)
             model.load_state_dict(weights, assign=True)  # raises if a name, a shape or a type differs
             for p in model.parameters():
-                # a dense copy, because tensors of a file may overlap, which optimizers do not expect
+                # a dense float32 copy: tensors of a file may overlap, which optimizers do not expect
                 p.data = torch.empty(p.shape, device=device).copy_(p)
         except Exception as error:  # a damaged file can raise any type of error
             raise ModelError(f"the checkpoint's weights do not fit the model: {error}") from None
@@ -483,47 +536,6 @@ class GPT(nn.Module):
         (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
 
-def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """Probabilities (B, V) float32 of the next token, from its logits (B, V); excluded tokens get 0.
-
-    In this order: logits are divided by temperature (0 is greedy); the top_k largest are kept; of those, the
-    smallest set of most probable tokens whose probabilities sum to at least top_p (nucleus sampling, Holtzman
-    et al. 2019). Raises ModelError if one of the three makes no sense.
-    """
-    if not (temperature >= 0 and value_or(top_k, 1) >= 1 and 0 < value_or(top_p, 1) <= 1):  # NaN neither
-        raise ModelError("temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1")
-    if temperature < 1e-30:  # 0, or less than float32 can divide by
-        temperature, top_k = 1.0, 1  # greedy: only the likeliest token is left
-    # the largest becomes 0, so that nothing overflows
-    logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature
-    if top_k is not None:
-        kept, ids = logits.topk(min(top_k, logits.size(-1)))
-        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        ordered, order = probs.sort(stable=True)  # each (B, V), the least probable first
-        tail = ordered.cumsum(-1) <= 1 - top_p  # without these, the others still sum to top_p
-        tail[:, -1] = False  # the most probable token stays, however small top_p is
-        probs = probs.masked_fill(tail.scatter(-1, order, tail), 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)  # the rest sums to 1 again
-    return probs
-
-
-def draw(probs, generator):
-    """Draw a token ID for each row of probs (B, V): the first whose running sum reaches a random number.
-
-    Returns (B, 1). torch.multinomial draws a number for each of the V IDs, which takes 9 ms for 8 rows of
-    GPT-2's vocabulary; this takes 1 ms.
-    """
-    sums = probs.cumsum(-1)
-    generators = generator if isinstance(generator, list) else [generator]
-    rows = len(probs) // len(generators)  # the rows of each generator
-    draws = [torch.rand(rows, 1, generator=each, device=probs.device) for each in generators]
-    # in (0, 1], not in [0, 1), so that an ID of probability 0 is never drawn
-    uniform = 1 - torch.cat(draws)
-    return torch.searchsorted(sums, sums[:, -1:] * uniform)
-
-
 # -- Muon ----------------------------------------------------------------------------------------------------
 
 
@@ -533,7 +545,7 @@ def newton_schulz(x):
     The iteration and its coefficients are those of Jordan et al. 2024. It need not be exact, so bfloat16 is
     good enough. A CPU without bfloat16 is 80 times slower in bfloat16 than in float32.
     """
-    # x x^T is smaller if x is wide
+    # a tall matrix is transposed, so that x x^T is the smaller product
     tall = x.size(1) > x.size(2)
     if tall:
         x = x.mT
@@ -570,11 +582,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"].lerp_(p.grad, 0.05)  # a running mean of gradients
-                # all processes have the same gradients, so each computes the update of some matrices for all
+                momentum = state["momentum_buffer"].lerp_(p.grad, 0.05)  # 0.95 momentum + 0.05 gradient
+                # all processes have the same gradients, so each updates some matrices for all of them
                 if i % processes != rank:
                     continue
-                update = p.grad.lerp(momentum, 0.95)  # Nesterov momentum: the newest gradient counts again
+                update = p.grad.lerp(momentum, 0.95)  # Nesterov: the newest gradient counts once more
                 rows, columns = p.shape
                 if rows == 3 * columns:  # query, key and value: in this GPT only c_attn has this shape
                     rows = columns
@@ -620,7 +632,8 @@ def load_checkpoint(path: str) -> dict:
         raise ModelError(f"{path} does not exist, or is not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(file.compress_type for file in archive.filelist):  # PyTorch's are not compressed
+            # PyTorch's files are not compressed: a compressed one could fill the memory
+            if any(file.compress_type for file in archive.filelist):
                 raise zipfile.BadZipFile
         # with mmap, tensors stay on the disk until they are used
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -639,7 +652,7 @@ def load_checkpoint(path: str) -> dict:
             value = checkpoint.get(name, kind())
             if not isinstance(value, kind) or (kind in (int, float) and not value >= 0):
                 raise TypeError(f"its {name} is {value!r:.40}")
-        # the output layer and the token embedding may be the same memory, but no others
+        # a small file can claim huge tensors that overlap; only tied weights may be counted twice
         if sum(tensor.nbytes for tensor in checkpoint["model"].values()) > 2 * path.stat().st_size:
             raise TypeError("its tensors are larger than the file")
         checkpoint["model_args"] = asdict(GPTConfig(**checkpoint["model_args"]))
@@ -660,7 +673,7 @@ HF_NAMES = {
     "activation": "activation_function",
 }
 HF_DEFAULTS = {"tie_word_embeddings": True, "activation_function": "gelu_new"}  # older files lack these
-HF_ACTIVATIONS = {  # {Hugging Face's name: ours}; the last of two names is the one that we write
+HF_ACTIVATIONS = {  # {Hugging Face's name: ours}; we write the last name of "gelu"
     "gelu_pytorch_tanh": "gelu",
     "gelu_new": "gelu",
     "gelu": "gelu_erf",
@@ -734,7 +747,7 @@ def cpu_prefers_bfloat16():
 
 
 def pick_device(device):
-    """The device to run on. "auto" is CUDA, else MPS, else the CPU. Raises ModelError if not available."""
+    """The device to run on. "auto" is the GPU that PyTorch finds, else the CPU. Raises ModelError."""
     if device == "auto":
         return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:

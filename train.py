@@ -18,16 +18,16 @@ eval_interval = 2000  # steps between evaluations, each with a checkpoint
 log_interval = 1  # steps between lines of training loss
 eval_iters = 200  # batches of each split in an evaluation, evenly spaced; 0: the whole split
 eval_only = False  # evaluate once and stop; nothing is written
-patience: int | None = None  # stop after this many evaluations in a row without a better one
+patience: int | None = None  # stop after this many evaluations in a row without improvement
 always_save_checkpoint = True  # False: write ckpt.pt only when the validation loss improves, or on a signal
 init_from = "scratch"  # scratch, resume, auto (resume if there is a run), gpt2..., or a checkpoint
 # data
 dataset = "pydocs"  # a folder of data/
 data_order: Literal["random", "epoch"] = "random"  # random offsets, or shuffled windows without replacement
 stride: int | None = None  # tokens between windows of data_order=epoch; None: block_size
-gradient_accumulation_steps = 1  # micro-batches a step, of all processes together
-batch_size = 12  # windows a micro-batch
-block_size = 1024  # tokens a window: the longest context
+gradient_accumulation_steps = 1  # micro-batches per step, of all processes together
+batch_size = 12  # windows per micro-batch
+block_size = 1024  # tokens per window: the longest context
 # model, as GPTConfig in model.py
 n_layer = 12  # 0: a bigram model
 n_head = 12  # heads of attention; divides n_embd
@@ -52,7 +52,7 @@ max_iters = 600000  # steps
 max_epochs: int | None = None  # instead of max_iters: how often to go through the training split
 weight_decay = 0.1  # of matrices and embeddings, not of biases and LayerNorm
 beta1 = 0.9  # AdamW's
-beta2 = 0.95  # AdamW's; take one nearer to 1 if a step has few tokens
+beta2 = 0.95  # AdamW's; use a value nearer to 1 if a step has few tokens
 grad_clip = 1.0  # largest norm of the gradient; 0: no clipping
 lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # after the warmup; wsd: see get_lr
 warmup_iters = 2000  # steps of linear warmup
@@ -60,13 +60,15 @@ lr_decay_iters: int | None = None  # the step at which min_lr is reached; None: 
 min_lr: float | None = None  # the last learning rate; None: a tenth of the peak, or 0 with linear and wsd
 # machine
 backend: Literal["auto", "nccl", "gloo"] = "auto"  # of torch.distributed; auto: nccl on CUDA, else gloo
-dist_timeout = 600  # seconds after which a silent process is lost; longer than an evaluation or a save
-device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+dist_timeout = 600  # seconds of silence after which a process is lost; longer than an evaluation or save
+device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is; torchrun gives each process its GPU
 dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the fastest that learns as well
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
 seed = 1337  # of weights, batches and dropout
 tensorboard = False  # also write the numbers of metrics.jsonl for tensorboard --logdir=out
-sample_prompt: str | None = None  # a text to continue at each evaluation; None: of val.bin; "": no sample
+sample_prompt: str | None = (
+    None  # a text to continue at each evaluation; None: val.bin's first tokens; "": none
+)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once until there is something to save
@@ -131,8 +133,11 @@ except ValueError:
 
 
 def count_windows(tokens, block_size, stride):
-    """How many windows of block_size + 1 tokens (inputs and the last target), one every stride, cover all."""
-    # the last window may reach beyond the end of the data, but must not begin there
+    """How many windows there are if one begins every stride tokens.
+
+    A window has block_size inputs, and one more token for the last target. The last window may reach beyond
+    the end of the data, but it must have a token that no other window has.
+    """
     return math.ceil((tokens - 1 - max(block_size, stride)) / stride) + 1
 
 
@@ -183,7 +188,7 @@ def get_batch(data, mask, starts, block_size, device):
     windows = np.take(data, places, mode="clip").astype(np.int64)
     x, y = windows[:, :-1], windows[:, 1:]
     learned = learned_places(mask, starts, block_size)
-    if learned.any():  # otherwise keep the targets, because the mean over no targets is not a number
+    if learned.any():  # if none counts, the loss weighs 0 later; the mean over no targets would be NaN
         y = np.where(learned, y, -1)
     batch = torch.from_numpy(np.stack((x, y)))  # (2, B, T)
     if device == "cuda":
@@ -227,7 +232,7 @@ def sum_over_processes(numbers, device):
 def evaluate(model, data, mask, device):
     """Mean loss over eval_iters batches of a split. The processes share the work and get the same result."""
     starts = eval_starts(len(data), block_size, eval_iters * batch_size)
-    # fill up the last batch, because another shape would be compiled anew: no target counts beyond the end
+    # fill the last batch with windows beyond the end, where no target counts: a new shape would be compiled
     starts = np.pad(starts, (0, -len(starts) % batch_size), constant_values=len(data))
     loss_sum, count = 0.0, 0
     for batch in starts.reshape(-1, batch_size)[rank::world_size]:  # this process's share
@@ -258,14 +263,15 @@ def print0(line):
 
 
 def save_or_warn(path, state):
-    """Write a checkpoint; True if that worked. If not, training goes on, because space may become free."""
+    """Write a checkpoint; returns whether that worked. Training goes on, because space may become free."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     try:
         write_file(path, buffer.getbuffer())
-        return True
     except OSError as error:
         warn(f"{path} not written, what was there stays: {error.strerror}")
+        return False
+    return True
 
 
 class Metrics:
@@ -280,7 +286,7 @@ class Metrics:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         run.mkdir(parents=True, exist_ok=True)
-        self.alone = lock(run)
+        self.alone = lock(run)  # kept, or Python would release it
         self.alone.__enter__()  # until the process ends
         self.board = SummaryWriter(run, purge_step=step) if tensorboard else None
         old = self.path.read_bytes() if self.path.is_file() else b""
@@ -365,8 +371,8 @@ FIXED = {
     "qk_norm",
     "optimizer",
 }
-# {setting: another}: a setting that is None is computed from another, and is computed anew when a resumed run
-# is given the other.
+# {setting: another} of settings whose default follows from another. If a resumed run is given the other, they
+# follow it again.
 FOLLOWS = {
     "embd_dropout": "dropout",
     "attn_dropout": "dropout",
@@ -426,7 +432,7 @@ def load_start(run, given):
             if name in FIXED and (resume or name != "block_size" or new > old):
                 raise UserError(f"{name}={new!r}, but the checkpoint has {name}={old!r}")
             warn(f"from here on {name}={new!r}, not {old!r}")
-        leader = FOLLOWS.get(name, name)
+        leader = FOLLOWS.get(name, name)  # what is given wins over the checkpoint
         if leader not in given or given[leader] == saved.get(leader):
             globals().update(override(name, new, SETTINGS))
     return checkpoint, weights, resume
@@ -442,7 +448,7 @@ def on_signal(number, _frame):
         stop_requested = time.monotonic()
         if rank == 0:
             with suppress(OSError):  # os.write, because the signal may have come in the middle of a print
-                os.write(2, b"\ntrain.py: saves and ends as soon as this step or evaluation is done\n")
+                os.write(2, b"\ntrain.py: saves and stops after the next step; again: stops at once\n")
     elif time.monotonic() > stop_requested + 1:  # torchrun sends a terminal's Ctrl-C a second time, sooner
         raise SystemExit(128 + number)
 
@@ -508,7 +514,7 @@ def compile_now(model, use_device, autocast):
     x, y = torch.zeros(2, batch_size, block_size, dtype=torch.int64, device=use_device)
     with autocast:
         model(x, y)[1].backward()
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
 
 
 def restore(optimizers, scaler, checkpoint):
@@ -527,7 +533,7 @@ def restore(optimizers, scaler, checkpoint):
                     if not state:  # there is none before the first step
                         continue
                     for key in STATE.get(type(opt).__name__, state):
-                        shape = () if key in ("step", "mu_product") else p.shape
+                        shape = () if key in ("step", "mu_product") else p.shape  # the latter is NAdam's
                         if state[key].shape != shape:
                             raise ValueError(f"{key} of {name} has another shape")
                         opt.state[p][key] = p.new_empty(shape).copy_(state[key])
@@ -554,7 +560,7 @@ def main(given):
     speak_utf8()
     run = Path(out_dir)
     checkpoint, weights, resume = load_start(run, given)
-    config = check_settings(given)
+    config = check_settings(given)  # now that load_start has taken the checkpoint's settings
     # one process of each machine reads all IDs, to check them
     train_data, val_data, meta, tokenizer = load_dataset(
         dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"], local_rank == 0
@@ -585,6 +591,7 @@ def main(given):
             warn("the dataset has changed since the run began: it goes on with other data")
         best_val_loss = loss_to_beat(run / "best.pt", measured_by)
     del checkpoint  # give its memory back
+    # if all have the same step, the sum is that step times their number
     if sum_over_processes([step], use_device)[0] != step * world_size:
         raise UserError("the machines find different checkpoints: all of them must share the folder out_dir")
     compiled = compiled_or_not(model, use_device)
@@ -595,6 +602,7 @@ def main(given):
     steps_per_epoch = count_windows(len(train_data), block_size, stride or block_size) // rows
     if not steps_per_epoch and (data_order == "epoch" or max_epochs):
         raise UserError(f"data/{dataset}/train.bin holds less than one step of {rows} windows")
+    apart = (stride or block_size) if data_order == "epoch" else None  # None: windows start anywhere
     last_step = max_epochs * steps_per_epoch if max_epochs else max_iters
     decay_iters = value_or(lr_decay_iters, last_step)
     lowest_lr = value_or(min_lr, learning_rate / 10 if lr_schedule == "cosine" else 0.0)
@@ -627,7 +635,7 @@ def main(given):
     bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
 
     # -- the loop: evaluate, save, step, log
-    stopping, saved = False, True  # saved: whether the last checkpoint could be written
+    stopping, saved = False, True  # saved: False if the last checkpoint could not be written
     first_step, logged_tokens, logged_seconds = step, tokens, seconds
     flops_per_token = model.flops_per_token()
     while True:
@@ -645,7 +653,7 @@ def main(given):
                 f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, "
                 f"perplexity {math.exp(min(val_loss, 700)):.2f}"
             )
-            # bits per byte of text compare tokenizers, which nats per token do not; None if unknown
+            # bits per byte can be compared between tokenizers, nats per token cannot; None if unknown
             val_bpb = token_bytes and val_loss / math.log(2) / token_bytes
             if val_bpb:
                 report += f", {val_bpb:.4f} bits per byte"
@@ -671,7 +679,7 @@ def main(given):
                     seconds=seconds,
                 )
                 metrics.plot()
-            if prompt:  # print it with 100 more tokens; each step seeds anew, so these draws change nothing
+            if prompt:  # continue it; each step sets its own seed, so training does not notice
                 torch.manual_seed(seed)
                 idx = torch.tensor([prompt], device=use_device)  # (1, T)
                 idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
@@ -714,7 +722,6 @@ def main(given):
                 group["lr"] = peak * lr / (learning_rate or 1)  # Muon's rate follows the curve of AdamW's
         # each process draws different dropout, and no random state has to be saved
         torch.manual_seed(np.random.default_rng((seed, step, rank)).integers(2**63))
-        apart = (stride or block_size) if data_order == "epoch" else None  # None: windows start anywhere
         starts = batch_starts(step, rows, len(train_data), block_size, seed, apart)
         micro_batches = starts.reshape(-1, batch_size)[rank::world_size]  # this process's share
         learned_tokens = learned_places(train_mask, starts, block_size).sum()  # in all processes together
@@ -724,7 +731,7 @@ def main(given):
             # DDP averages the gradients over the processes only once, after the last micro-batch
             parallel.require_backward_grad_sync = i == len(micro_batches) - 1
             with autocast:
-                # so weighted, DDP's mean over processes is the mean over all tokens of the step that count
+                # weighted so that DDP's mean over processes is the mean over all targets that count
                 loss = parallel(x, y)[1] * (learned * world_size / max(1, learned_tokens))
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
@@ -735,11 +742,11 @@ def main(given):
             for opt in optimizers:
                 scaler.step(opt)
         scaler.update()  # which lowers the scale after an overflow
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         tokens += rows * block_size
         bar.update()
 
-        # log; several processes agree to stop only here
+        # log; several processes agree to stop only here; item() waits for the GPU, before the clock is read
         logs = step % log_interval == 0 or (stop_requested and world_size == 1)
         if logs:
             mean_loss, stopping = sum_over_processes(
@@ -816,7 +823,7 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         end(f"out of memory with {batch_size=}: halve it and double {gradient_accumulation_steps=}")
     except RuntimeError as error:
-        # a lost process and any mistake raise the same type of error: can the processes still meet?
+        # a lost process raises the same type of error as any bug; if a barrier fails too, one is lost
         try:
             if dist.is_initialized():
                 dist.barrier()
