@@ -326,7 +326,7 @@ def generators(args: argparse.Namespace) -> dict:
 
     def ours(dtype, compile):
         model = GPT.from_checkpoint(checkpoint).to(args.device, getattr(torch, dtype))
-        optimize_for_generation(model, 8, compile)
+        optimize_for_generation(model, compile)
         return model, lambda idx, n: model.generate(idx, n, top_k=200, vocab_size=config.vocab_size)
 
     def transformers_model():
@@ -463,7 +463,7 @@ def bench_slide(args: argparse.Namespace) -> None:
         model = GPT.from_checkpoint(checkpoint)
         val = load_dataset(checkpoint["meta"]["dataset"], model.config.block_size)[1]
         ids = torch.tensor(val[: args.score].astype("int64"))
-    optimize_for_generation(model, 1, False)
+    optimize_for_generation(model, False)
     size = model.config.block_size
     rates: dict[int, list[float]] = {}
     for _ in range(args.rounds):  # in turns; 0 stands for the rate within the context
@@ -608,7 +608,7 @@ def time_gpu_generation(size: str, _peer: str | None) -> Iterator[dict]:
     generator = torch.Generator("cuda").manual_seed(1337)
     for name in ("eager", "graph", "compiled") if size == "124M" else ("eager", "graph"):
         if name != "eager":
-            optimize_for_generation(model, 1, name == "compiled")
+            optimize_for_generation(model, name == "compiled")
         speeds, starts = [], []
         torch.cuda.reset_peak_memory_stats()
         for _ in range(4):  # the first warms up, and compiles

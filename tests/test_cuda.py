@@ -131,11 +131,11 @@ def test_greedy_text_with_the_cache_without_and_compiled(architecture):
     for _ in range(3):
         assert torch.equal(recomputed(model, idx, 56).cpu(), expected)
         assert torch.equal(model.generate(idx, 56, temperature=0).cpu(), expected)
-    optimize_for_generation(model, 2, False)
+    optimize_for_generation(model, False)
     for _ in range(3):
         assert torch.equal(model.generate(idx, 56, temperature=0).cpu(), expected)
     torch.compiler.reset()
-    optimize_for_generation(model, 1, True)
+    optimize_for_generation(model, True)
     model.generate(idx[:1], 2)  # its second token compiles a step, which must serve all steps of all texts
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(3):

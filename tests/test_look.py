@@ -76,7 +76,6 @@ def made_up(length):
         "tokens": tokens,
         "bits": bits,
         "ranks": ranks,
-        "temperatures": TEMPERATURES,
         "predictions": predictions,
         "layers": layers,
         "attention": {"layers": LAYERS, "heads": HEADS, "weights": packed_attention(length)},
@@ -109,11 +108,10 @@ def packed(data):
         "texts": {number: text for text, number in texts.items()},
         "logprobs": [-bits * math.log(2) for bits in data["bits"][1:]],
         "ranks": data["ranks"][1:],
-        "temperatures": data["temperatures"],
-        "scales": [
-            [norm - one / t for norm, t in zip(entry["norm"], TEMPERATURES, strict=True)]
-            for entry, one in zip(data["predictions"], at_one, strict=True)
-        ],
+        "scales": {
+            t: [entry["norm"][k] - one / t for entry, one in zip(data["predictions"], at_one, strict=True)]
+            for k, t in enumerate(TEMPERATURES)
+        },
         "heads": data["attention"]["heads"],
         "attention": data["attention"]["weights"],
     }
