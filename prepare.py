@@ -11,7 +11,6 @@ twice, to count and then to tokenize, a piece at a time: memory does not grow wi
 """
 
 import argparse
-import codecs
 import difflib
 import gzip
 import hashlib
@@ -22,11 +21,12 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, groupby
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -118,13 +118,13 @@ MAX_VOCAB = 65536  # what uint16 can count
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
 PIECE = 1_000_000
-# The longest text without a space, the longest line of a .jsonl, and the longest .json, in characters.
+# The longest word, the longest line of a .jsonl and the longest .json, in characters: all are held in memory.
 LONGEST = 100 * PIECE
-# Threads that tokenize. More than eight would wait for the one that reads.
+# Threads that tokenize. More than eight would wait for the thread that reads.
 THREADS = min(8, os.cpu_count() or 1)
 
-# What is taken for text in a folder: the first is no suffix at all, as of README. A file that is named on the
-# command line may be called anything.
+# Suffixes of text files in a folder. The first one is no suffix, as in README. A file that is named on the
+# command line may have any suffix.
 SUFFIXES = (
     " .txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .parquet .yaml .yml .toml .ini .sh "
     ".sql .py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
@@ -136,13 +136,13 @@ SUFFIXES = (
 
 @contextmanager
 def user_error(message):
-    """Turns whatever goes wrong inside the with block into a UserError that begins with the message.
+    """Turn any error inside the with block into a UserError that begins with the message.
 
-    For what comes from outside: the packages that read it raise a dozen types of errors.
+    This is for data from outside: the packages that read it raise a dozen types of errors.
     """
     try:
         yield
-    except (UserError, MemoryError):  # which say more already, or come from elsewhere
+    except (UserError, MemoryError):  # these say enough already
         raise
     except Exception as error:
         raise UserError(f"{message}: {' '.join(str(error).splitlines())}") from None
@@ -150,97 +150,88 @@ def user_error(message):
 
 # -- downloads -----------------------------------------------------------------------------------------------
 #
-# Nothing else in this project asks the network. download() decides whether a file is the right one, fetch()
-# where it comes from, and does not give up; fetch_once() is one request.
+# Nothing else in this project uses the network. fetch() is one request; download() repeats it until the file is
+# complete and right.
 
 
 def download(url, path, sha256=None):
-    """Fetch url to path unless it is there; path is whole or absent, whatever happens.
+    """Fetch url to path unless it is there. At any moment, path is complete or absent.
 
-    The mirror PLAINGPT_MIRROR (a folder or an http(s) base that holds <host>/<path> of each URL) comes first.
-    A broken transfer is resumed, now or by the next call, from path.part. Raises UserError.
+    The mirror PLAINGPT_MIRROR comes first: a folder or an http(s) address with <host>/<path> of each URL.
+    A broken transfer is resumed from path.part, in this call or the next. Raises UserError.
     """
     path = Path(path)
-    if path.is_file() and sha256 in (None, file_sha256(path)):
+    if is_whole(path, sha256):
         return
-    # It gets its name when it is complete: until then nobody takes it for the file.
-    part = Path(f"{path}.part")
+    addresses = [url]
+    mirror = os.environ.get("PLAINGPT_MIRROR")  # for machines without a network, and for the tests
+    if mirror:
+        addresses = [f"{mirror.rstrip('/')}/{host_and_path(url)}", url]
+    part = Path(f"{path}.part")  # it gets its name when it is complete
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.parent, wait=True):  # another process may be fetching the same file
-        # Twice, because what an earlier run left in path.part may be the beginning of another file.
-        for _ in range(2):
-            if path.is_file() and sha256 in (None, file_sha256(path)):
-                return
-            if part.is_symlink():
-                part.unlink()  # or somebody's file would be written to
-            fetch(url, part)
-            version_file(part).unlink(missing_ok=True)
-            if sha256 in (None, file_sha256(part)):
+        if is_whole(path, sha256):
+            return
+        if part.is_symlink():
+            part.unlink()  # otherwise it would overwrite what the link points to
+        # Connections break, so there are several tries, with longer and longer pauses.
+        for seconds, address in product(range(4), addresses):
+            time.sleep(seconds / 2)
+            try:
+                fetch(address, part)
+            except OSError as error:  # from the network or the disk
+                reason = error
+                continue
+            if is_whole(part, sha256):
                 part.replace(path)
                 return
-            part.unlink()
-    raise UserError(f"{url} has changed or was damaged on the way: it has another sha256 than expected")
-
-
-def fetch(url, part):
-    """Append to part what it lacks of url, from the mirror or, where it fails, from there. Raises UserError."""
-    import requests
-
-    # A folder or a server of your own, for machines without a network, and for the tests.
-    mirror = os.environ.get("PLAINGPT_MIRROR", "").rstrip("/")
-    mirrored = f"{mirror}/{host_and_path(url)}"
-    if os.path.isfile(mirrored):
-        return shutil.copyfile(mirrored, part)
-    for address in (mirrored, url) if "://" in mirror else (url,):
-        for seconds in range(4):  # so many tries, because connections break
-            time.sleep(seconds)  # not at all before the first
-            try:
-                return fetch_once(address, part)
-            except requests.RequestException as error:
-                reason = error
-                if error.response is not None and 400 <= error.response.status_code < 416:
-                    break  # the same question would have the same answer
+            part.unlink()  # an earlier run may have left the beginning of another file
+            reason = "it has changed or was damaged on the way: its sha256 is not the expected one"
     raise UserError(
         f"cannot download {url} ({reason}); put it as <host>/<path> into the folder that "
         "PLAINGPT_MIRROR names, or take the embedded corpus: python prepare.py pydocs"
     )
 
 
-def fetch_once(url, part):
-    """Append to part what it lacks of url, by one request. Raises requests.RequestException."""
+def fetch(address, part):
+    """Append to part what is missing, by one request, or copy the file from a folder. Raises OSError."""
     import requests
 
-    # Compressed on the way, a range would count other bytes.
+    if "://" not in address:
+        shutil.copyfile(address, part)
+        return
+    # Of a compressed transfer, a range would count other bytes.
     headers = {"Accept-Encoding": "identity"}
-    version = version_file(part)
+    version = Path(f"{part}.version")  # which version of the file part belongs to
     if part.exists():
         headers["Range"] = f"bytes={part.stat().st_size}-"
-        if version.exists():  # the rest of the same version, or else all of the new one
+        if version.exists():  # the server sends the rest of this version, or all of a newer one
             headers["If-Range"] = version.read_text()
-    # Seconds to wait for the server's next bytes: a large file may take hours altogether.
-    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-        # 206: what follows part. 200: the whole file, whatever we asked for. 416: nothing follows part, which
-        # may be another file, so the next try begins anew.
+    # The timeout is that of the next bytes: a large file may take hours in total.
+    with requests.get(address, headers=headers, stream=True, timeout=30) as response:
+        # 206 is the rest of the file, 200 all of it. 416 says that part is longer than the file, so it may be
+        # another file, and the next try begins anew.
         if response.status_code in (200, 416):
             part.unlink(missing_ok=True)
         response.raise_for_status()
         found = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if found:
             write_file(version, found.encode())
-        # A server that streams does not say how much is to come: then only the checksum can tell.
+        # Some servers do not say how long the file is. Then only the checksum shows that something is missing.
         left = int(response.headers.get("Content-Length", 0))
         with open(part, "ab") as file, tqdm.wrapattr(file, "write", left, desc=part.stem) as watched:
             for chunk in response.iter_content(65536):
                 watched.write(chunk)
+    version.unlink(missing_ok=True)
 
 
-def version_file(part):
-    """Where the server's name for the version stands of which part is the beginning."""
-    return part.with_name(f"{part.name}.version")
+def is_whole(path, sha256):
+    """Whether the file exists and has the checksum, if one is known."""
+    return path.is_file() and sha256 in (None, file_sha256(path))
 
 
 def cached(url, sha256=None):
-    """The path of a downloaded file, fetched the first time. Raises UserError."""
+    """The path of a downloaded file, which is fetched the first time. Raises UserError."""
     path = Path("data/.cache", host_and_path(url))
     download(url, path, sha256)
     return path
@@ -259,27 +250,24 @@ def file_sha256(path):
 
 
 class Tokenizer:
-    """What a tokenizer has. A subclass that stands in TOKENIZERS is a choice of --tokenizer.
+    """What every tokenizer has. Those listed in TOKENIZERS are the choices of --tokenizer.
 
-    encode(text) -> list of token IDs, decode(IDs) -> text
+    encode(text) -> list of token IDs; decode(IDs) -> text
     encode_array(text) -> the token IDs as uint16, (number of IDs,); several threads call it at the same time
     vocab_size: all IDs are below it
     end_of_text: the ID that ends a document, or None
-    meta: what meta.json keeps of it: "type", its name in TOKENIZERS, and the arguments of its __init__
+    meta: its description in meta.json: "type", its name in TOKENIZERS, and the arguments of its __init__
 
-    A subclass has an encode or an encode_array of its own, and inherits the other.
+    A subclass defines encode or encode_array, and inherits the other.
     """
 
     end_of_text = None
+    keeps_text = True  # whether decode(encode(text)) is the text
 
-    # Where the vocabulary comes from the text that is prepared: entries(text) are the strings that a text
-    # needs in it, and from_entries(set of all entries, several) makes the tokenizer; several: there is more
-    # than one document. None where the vocabulary is fixed.
+    # If the vocabulary comes from the text itself, entries(text) are the entries that the text needs, and
+    # from_entries(set of all entries, several) makes the tokenizer. several: whether there are several
+    # documents. None if the vocabulary is fixed.
     entries = None
-
-    def byte_lengths(self):
-        """Bytes of UTF-8 behind each ID, (vocab_size,), 0 of special ones; None where the text is not kept."""
-        return None
 
     def encode(self, text):
         return self.encode_array(text).tolist()
@@ -289,11 +277,11 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One ID a character, in sorted order; <|endoftext|> comes last where there are documents to end."""
+    """One ID per character, in sorted order. <|endoftext|> comes last if there are several documents."""
 
     entries = set  # the characters of a text
 
-    # Stands for <|endoftext|> while a text is encoded: half a surrogate pair, which no UTF-8 can hold.
+    # This character stands for <|endoftext|> during encoding. It is half a surrogate pair, never in UTF-8 text.
     END = "\udfff"
 
     def __init__(self, chars):
@@ -302,7 +290,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = len(chars)
         if END_OF_TEXT in chars:
             self.end_of_text = chars.index(END_OF_TEXT)
-        # The ID of each of Unicode's code points, or -1. With it, NumPy looks up a whole text in one call.
+        # The ID of each Unicode code point, or -1. With this table, NumPy looks up a whole text in one call.
         self.table = np.full(0x110000, -1, np.int32)
         self.table[self.code_points("".join(chars))] = range(len(chars))
 
@@ -311,43 +299,44 @@ class CharTokenizer(Tokenizer):
         return cls(sorted(entries) + [END_OF_TEXT] * several)
 
     def code_points(self, text):
-        """(characters,), of which <|endoftext|> is one, where the vocabulary has it."""
+        """(characters,); <|endoftext|> is one character if the vocabulary has it."""
         if self.end_of_text is not None:
             text = text.replace(END_OF_TEXT, self.END)
-        # UTF-32 is the code points themselves, 4 bytes each.
+        # UTF-32 holds the code points themselves, 4 bytes each.
         return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
     def encode_array(self, text):
         """Raises UserError, which names the first character that has no ID."""
         codes = self.code_points(text)
         ids = self.table[codes]  # (characters,)
-        if ids.min(initial=0) < 0:
-            code = codes[ids.argmin()]
-            raise UserError(f"the character {chr(code)!r} (U+{code:04X}) is not in the vocabulary")
+        unknown = codes[ids < 0]
+        if len(unknown):
+            raise UserError(
+                f"the character {chr(unknown[0])!r} (U+{unknown[0]:04X}) is not in the vocabulary"
+            )
         return ids.astype("<u2")
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
 
-    def byte_lengths(self):
-        return np.array([0 if char == END_OF_TEXT else len(char.encode()) for char in self.chars])
-
 
 class WordTokenizer(Tokenizer):
-    """One ID a word or punctuation mark; white space is not kept and unknown words become <|unk|>.
+    """One ID per word or punctuation mark. White space is lost, and unknown words become <|unk|>.
 
-    The rule is that of Raschka, "Build a Large Language Model (From Scratch)", chapter 2.
+    The rule is from Raschka, "Build a Large Language Model (From Scratch)", chapter 2.
     """
 
-    # words(text): each "--", each punctuation mark, and each longest run of what is neither these nor white
-    # space; a single "-" belongs to its run. The book splits at r'([,.?_!"()\']|--|\s)' and throws
-    # away what is empty or white space. findall is quicker, and the tests compare the two.
+    keeps_text = False
+
+    # words(text): each "--", each punctuation mark, and each longest run of other characters that are not
+    # white space. A single "-" belongs to such a run. The book splits at r'([,.?_!"()\']|--|\s)' and drops
+    # what is empty or white space. findall is faster, and the tests compare the two.
     words = re.compile(r"""--|[,.?_!"()']|(?:[^\s,.?_!"()'-]+|-(?!-))+""").findall
     entries = words
 
     def __init__(self, vocab):
         self.meta = {"type": "word", "vocab": vocab}
-        "".join(vocab)  # raises where one is no text
+        "".join(vocab)  # raises if an entry is not a string
         self.vocab = vocab
         self.vocab_size = len(vocab)
         self.ids = {word: i for i, word in enumerate(vocab)}
@@ -358,8 +347,8 @@ class WordTokenizer(Tokenizer):
         return cls(sorted(entries - {END_OF_TEXT, UNKNOWN}) + [END_OF_TEXT, UNKNOWN])
 
     def encode(self, text):
-        text = text.replace(END_OF_TEXT, f" {END_OF_TEXT} ")  # a word of its own
-        # Of the text that was prepared, every word is known; of a prompt, perhaps not.
+        text = text.replace(END_OF_TEXT, f" {END_OF_TEXT} ")  # so that it is a separate word
+        # The words of a prompt may be unknown, those of the prepared text are not.
         unknown = self.ids[UNKNOWN]
         return [self.ids.get(word, unknown) for word in self.words(text)]
 
@@ -371,19 +360,19 @@ class WordTokenizer(Tokenizer):
 class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), by tiktoken, from OpenAI's two files."""
 
-    # 256 bytes, 50,000 merges, and <|endoftext|>.
+    # The vocabulary is 256 bytes, 50,000 merges, and <|endoftext|>.
     meta = {"type": "gpt2"}
     vocab_size = 50257
     end_of_text = 50256
 
     @cached_property
     def bpe(self):
-        """tiktoken's encoding; its files are fetched when it is first used. Raises UserError."""
+        """tiktoken's encoding. Its files are fetched when it is first used. Raises UserError."""
         from tiktoken import Encoding
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # the two files are in our own cache
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # our own cache has the two files
         ranks = data_gym_to_mergeable_bpe_ranks(str(cached(*VOCAB_BPE)), str(cached(*ENCODER_JSON)))
         return Encoding(
             "gpt2",
@@ -393,136 +382,110 @@ class GPT2Tokenizer(Tokenizer):
         )
 
     def encode_array(self, text):
-        # Without Python's lists, which need the interpreter's lock, so that threads work side by side.
-        bpe = self.bpe  # outside of the try: a failed download is a ValueError as well
+        # encode_to_numpy makes no Python lists, which need the interpreter's lock, so threads work in parallel.
+        bpe = self.bpe  # outside of the try, because a failed download is a ValueError too
         try:
             return bpe.encode_to_numpy(text, allowed_special="all").astype("<u2")
-        except ValueError as error:
-            # tiktoken's pattern gives up on some 500,000 white-space characters in a row: cut among them.
-            space = re.search(r"\s{100000}(?=\s)", text)
-            if not space:
-                raise UserError(f"tiktoken cannot read the text: {error}") from None
-            cut = space.end()
+        except ValueError:
+            # tiktoken fails at about 500,000 white-space characters in a row, so cut the text among them.
+            cut = re.search(r"\s{100000}(?=\s)", text).end()
             return np.concatenate((self.encode_array(text[:cut]), self.encode_array(text[cut:])))
 
     def decode(self, ids):
         return self.bpe.decode(ids)
 
-    def byte_lengths(self):
-        return np.array([*map(len, map(self.bpe.decode_single_token_bytes, range(self.end_of_text))), 0])
-
 
 class BPETokenizer(Tokenizer):
-    """Any tokenizer.json of Hugging Face's, byte-level BPE above all, by their tokenizers package."""
+    """Any tokenizer.json of Hugging Face, mostly byte-level BPE, by the tokenizers package."""
 
     def __init__(self, json, end_of_text=None):
-        """json: the file's content, a dict; end_of_text: its ID, where it is not that of <|endoftext|>."""
-        from json import dumps  # json is the argument here, as meta.json names it
+        """json: the content of the file, a dict. end_of_text: its ID, if it is not that of <|endoftext|>."""
+        from json import dumps  # json is the name of an argument here, as in meta.json
 
         from tokenizers import Tokenizer as AnyTokenizer
 
         self.meta = {"type": "bpe", "json": json}
         self.bpe = AnyTokenizer.from_str(dumps(json))
-        # Not the number of tokens: a vocabulary may have holes.
+        # The number of tokens would be wrong, because a vocabulary may have holes.
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
         if end_of_text is not None:
             if self.bpe.id_to_token(end_of_text) is None:
                 raise UserError(f"end-of-text has the ID {end_of_text!r:.20}, which the vocabulary lacks")
-            # meta holds what was given, or loading it would make another tokenizer.
+            # meta must hold it too, so that the same tokenizer is loaded again.
             self.meta["end_of_text"] = self.end_of_text = end_of_text
 
     @classmethod
     def trained(cls, texts, vocab_size):
-        """A vocabulary of texts: the 256 bytes, <|endoftext|>, and merges within GPT-2's words.
+        """Learn a vocabulary from texts: 256 bytes, <|endoftext|>, and merges within words as GPT-2 cuts them.
 
-        The same texts give the same vocabulary. Memory grows with the number of different words alone.
+        The same texts give the same vocabulary. Memory grows only with the number of different words.
         """
-        from tokenizers import Tokenizer as AnyTokenizer
-        from tokenizers import models, trainers
+        from tokenizers import ByteLevelBPETokenizer
 
-        bpe = as_byte_level(AnyTokenizer(models.BPE()))
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+        bpe = ByteLevelBPETokenizer()
+        # The package takes 256 texts at a time, so cut long ones at the end of a word.
+        cuts = re.compile(r"(?s).{,100000}\S(?=[ \n])|.+")
+        bpe.train_from_iterator(
+            (part for text in texts for part in cuts.findall(text)),
+            vocab_size,
+            min_frequency=0,
             special_tokens=[END_OF_TEXT],
-            initial_alphabet=bpe.pre_tokenizer.alphabet(),
             show_progress=sys.stderr.isatty(),
         )
-        # It takes 256 parts at a time, so large ones are cut where a word ends.
-        cuts = re.compile(r"(?s).{,100000}\S(?=[ \n])|.+")
-        bpe.train_from_iterator((part for text in texts for part in cuts.findall(text)), trainer)
         return cls(json.loads(bpe.to_str()))
 
     def encode(self, text):
         if text == END_OF_TEXT and self.end_of_text is not None:
-            return [self.end_of_text]  # which another vocabulary may write as </s>
-        # Of the package's ways the quickest, for it keeps no places in the text.
+            return [self.end_of_text]  # another vocabulary may write it as </s>
+        # The package's fastest method: it does not track places in the text.
         return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids):
         return self.bpe.decode(ids, skip_special_tokens=False)
 
-    def byte_lengths(self):
-        if "ByteLevel" not in str(self.bpe.decoder):
-            return None
-        lengths = np.zeros(self.vocab_size, int)
-        for token, i in self.bpe.get_vocab(with_added_tokens=False).items():
-            lengths[i] = len(token)  # a character stands for each byte
-        lengths[list(self.bpe.get_added_tokens_decoder())] = 0
-        return lengths
-
-
-def as_byte_level(bpe):
-    """A BPE of the tokenizers package that cuts text into GPT-2's words, and these into bytes."""
-    from tokenizers import decoders, pre_tokenizers
-
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    return bpe
-
 
 def as_hugging_face(tokenizer):
-    """The same tokenizer as one of Hugging Face's tokenizers package. Raises UserError for words."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
+    """The same tokenizer as an object of Hugging Face's tokenizers package. Raises UserError for words."""
+    from tokenizers import ByteLevelBPETokenizer, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as AnyTokenizer
 
     if isinstance(tokenizer, BPETokenizer):
         return tokenizer.bpe
     if isinstance(tokenizer, GPT2Tokenizer):
-        model = models.BPE.from_file(str(cached(*ENCODER_JSON)), str(cached(*VOCAB_BPE)))
-        theirs = as_byte_level(AnyTokenizer(model))
+        copy = ByteLevelBPETokenizer.from_file(str(cached(*ENCODER_JSON)), str(cached(*VOCAB_BPE)))
     elif isinstance(tokenizer, CharTokenizer):
-        theirs = AnyTokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}, "none"))
-        theirs.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        theirs.decoder = decoders.Fuse()
+        copy = AnyTokenizer(models.WordLevel({char: i for i, char in enumerate(tokenizer.chars)}, "none"))
+        copy.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        copy.decoder = decoders.Fuse()
     else:
-        raise UserError("Hugging Face has no tokenizer that is equal to ours of words")
+        raise UserError("Hugging Face has no tokenizer that is equal to our word tokenizer")
     if tokenizer.end_of_text is not None:
-        theirs.add_special_tokens([END_OF_TEXT])
-    return theirs
+        copy.add_special_tokens([END_OF_TEXT])
+    return copy
 
 
-# What meta.json calls "type", and the choices of --tokenizer.
+# The choices of --tokenizer, and the "type" in meta.json.
 TOKENIZERS = {"char": CharTokenizer, "word": WordTokenizer, "gpt2": GPT2Tokenizer, "bpe": BPETokenizer}
 
-# What meta.json says of GPT-2's IDs. A dataset without meta.json, of nanoGPT or others, is taken to have
-# these.
+# The description of GPT-2's IDs in meta.json. A dataset without meta.json, such as nanoGPT's, is assumed to
+# have these.
 GPT2_META = {"tokenizer": GPT2Tokenizer.meta, "vocab_size": GPT2Tokenizer.vocab_size}
 
 
 def load_tokenizer(meta):
     """The tokenizer that a meta.json describes. Raises UserError."""
     with user_error("the tokenizer's description is damaged or unknown"):
-        arguments = {**meta["tokenizer"]}  # a copy: meta is the caller's
+        arguments = {**meta["tokenizer"]}  # a copy, because pop changes it
         return TOKENIZERS[arguments.pop("type")](**arguments)
 
 
 def tokenizer_of(name, checkpoint=None):
-    """The tokenizer that belongs to weights, or to whatever else the name is of. Nobody guesses.
+    """The tokenizer that belongs to a checkpoint, a dataset or a folder. Raises UserError rather than guess.
 
     name: the folder of a dataset, a folder or file with a tokenizer.json, or a checkpoint
-    checkpoint: what load_checkpoint has read from it, if that has been done
-    A checkpoint of ours says it itself; nanoGPT's has that of its dataset. Raises UserError.
+    checkpoint: what load_checkpoint has read from it, if it has been read already
+    Our checkpoints contain their tokenizer; a checkpoint of nanoGPT has that of its dataset.
     """
     path = Path(name).expanduser()
     if path.name == "tokenizer.json":
@@ -532,14 +495,14 @@ def tokenizer_of(name, checkpoint=None):
     if checkpoint is None:
         from model import load_checkpoint
 
-        with user_error(f"--tokenizer={name}"):
+        with user_error(f"--tokenizer={name} is none of {', '.join(TOKENIZERS)}, and no checkpoint"):
             checkpoint = load_checkpoint(path)
     if "meta" in checkpoint:
         return load_tokenizer(checkpoint["meta"])
-    # nanoGPT's says how many IDs there are, and names its dataset, which must have as many.
+    # A checkpoint of nanoGPT names its dataset, whose vocabulary must have the same size.
     size = checkpoint["model_args"]["vocab_size"]
     if size == 50304:
-        size = 50257  # GPT-2's, which nanoGPT rounds up
+        size = 50257  # GPT-2's size, which nanoGPT rounds up
     dataset = checkpoint.get("config", {}).get("dataset")
     meta = read_json(Path(f"data/{dataset}/meta.json")) or GPT2_META
     if meta.get("vocab_size") != size:
@@ -558,50 +521,55 @@ def tokenizer_of_folder(folder):
     if description:
         with user_error(f"{folder}/tokenizer.json is damaged"):
             end_of_text = read_json(folder / "config.json").get("eos_token_id")
-            if isinstance(end_of_text, list):  # of which the first is that of a text
+            if isinstance(end_of_text, list):  # the first one ends a text
                 end_of_text = end_of_text[0]
             tokenizer = BPETokenizer(description, end_of_text)
-        # With the tokens that were added to it, such as those of a chat: they make another vocabulary.
-        vocab = tokenizer.bpe.get_vocab()  # {token: ID}
+        vocab = tokenizer.bpe.get_vocab()  # {token: ID}, with added tokens such as those of a chat
     else:
         vocab = read_json(folder / "vocab.json")
-    # GPT-2's is recognized by its tokens, in the order of their IDs.
+    # GPT-2's vocabulary is recognized by its tokens, in the order of their IDs.
     tokens = "\n".join(sorted(vocab, key=vocab.get))
     sha256 = hashlib.sha256(tokens.encode()).hexdigest()
     if sha256 == "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f":
         return GPT2Tokenizer()
     if not description:
-        raise UserError(f"{folder} has no tokenizer.json, so nothing says what its IDs mean: add its model's")
+        raise UserError(f"{folder} has no tokenizer.json, so nothing says what its IDs mean: add that file")
     return tokenizer
 
 
 # -- documents -----------------------------------------------------------------------------------------------
 #
 #   documents   an iterable of documents, which is read twice
-#   document    an iterable of pieces: a file, or a record of a .jsonl, .json or .parquet, or what
-#               <|endoftext|> ends in them
-#   piece       a str that ends where a word or its document does; of a file, about PIECE characters;
-#               a Prompt, where it is read, but not learned
+#   document    an iterable of pieces: a file, or a record of a .jsonl, .json or .parquet, or the part of these
+#               that <|endoftext|> ends
+#   piece       a str of about PIECE characters, which ends at the end of a word or of its document;
+#               a Prompt, if it is only read and not learned
 #
-# A document is taken to its end before the next one is asked for. Its token IDs are those of its pieces, one
-# after the other, so that a file need not fit into memory.
+# A document must be read to its end before the next one. Its token IDs are those of its pieces, one after the
+# other, so that a file need not fit into memory.
 
-# The longest beginning of a text that is followed by a space or newline and does not end with white space.
-# A word ends there, and so does a pre-token of GPT-2: no branch of its pattern goes on from anything else to
-# white space. And <|endoftext|> has no such place in it. So every tokenizer gives both parts the IDs of the
-# whole.
+# This finds the last place where a word ends before a space or newline. A pre-token of GPT-2 ends there too,
+# because none continues from other characters into white space, and <|endoftext|> has no such place in it. So
+# every tokenizer gives the two parts the same IDs as the whole.
 TO_LAST_WORD_END = re.compile(r"(?s:.*)\S(?=[ \n])")
 
 
-def whole_words(file, size=PIECE):
-    """The text of a file, read size characters at a time, in pieces that end where a word does.
+def check_length(text, file, what):
+    """Raises UserError if a file would fill the memory; a small one may unpack to gigabytes."""
+    if len(text) >= LONGEST:
+        raise UserError(
+            f"{file.name}: {what} is longer than {LONGEST:,} characters and could fill the memory"
+        )
 
-    Where there is no space for long, a piece grows until there is one. Raises UserError where there is none
-    in LONGEST characters, for the memory would grow with it.
+
+def whole_words(file, size=PIECE):
+    """The text of a file, read size characters at a time, in pieces that end with a word.
+
+    A piece grows until a word ends. Raises UserError if a word has LONGEST characters.
     """
-    # One str that grows, not a list: CPython extends it in place.
-    rest = ""  # what has been read and does not belong to a piece yet
-    searched = 0  # no word ends before this place of it, so that no character is looked at again and again
+    # CPython extends a str in place, so it need not be a list.
+    rest = ""  # what has been read and is not in a piece yet
+    searched = 0  # no word ends before this place in rest, so it need not be searched again
     while block := file.read(size):
         rest += block
         if len(rest) < size:  # a short document is one piece
@@ -610,26 +578,25 @@ def whole_words(file, size=PIECE):
         if found:
             yield rest[: found.end()]
             rest = rest[found.end() :]
-        if len(rest) > LONGEST:
-            raise UserError(f"{file.name}: no space or newline in {LONGEST:,} characters")
+        check_length(rest, file, "a word")
         searched = len(rest) - 1  # the next block may begin with a space
     yield rest
 
 
 def split_at_ends(pieces):
-    """The documents of a text: <|endoftext|> ends one, and what holds white space alone is none."""
-    # With the parentheses, split gives what it splits at as well.
+    """The documents of a text: <|endoftext|> ends a document, and blank documents are left out."""
+    # With parentheses, split also returns what it splits at.
     parts = (part for piece in pieces for part in re.split(r"(<\|endoftext\|>)", piece) if part)
     for is_end, document in groupby(parts, lambda part: part == END_OF_TEXT):
         first = next(document)
-        # Its first part decides: a piece ends where a word does, so that only the last one can be blank.
+        # If the first part is blank, so is the document: a piece ends with a word, unless it is the last.
         if not is_end and first.strip():
             yield chain([first], document)  # noqa: B031, it goes on after the first
 
 
 def clean(text):
-    """A prompt, or a string of JSON, as a file of this text is read. Raises UserError where it is none."""
-    # NUL, or half a surrogate pair, which stands for a byte that is not UTF-8 as well.
+    """A prompt or a string of JSON, treated like the text of a file. Raises UserError if it is not text."""
+    # NUL, or half a surrogate pair, which also stands for a byte that is not UTF-8.
     found = re.search("[\0\ud800-\udfff]", text)
     if found:
         raise UserError(f"{text!r:.40} is not UTF-8 text: it has {found[0]!r}")
@@ -637,54 +604,43 @@ def clean(text):
 
 
 class Prompt(str):
-    """A piece of a conversation that is read, and not learned."""
+    """A piece of a conversation that is only read, not learned."""
 
 
-# How the messages of a conversation are written: after Taori et al. 2023, Stanford Alpaca. Answers are what
-# follows, to an <|endoftext|>.
+# How messages are written, after Taori et al. 2023, Stanford Alpaca. An answer follows, and <|endoftext|>.
 TEMPLATE = {"system": "{}\n\n", "user": "### Instruction:\n{}\n\n### Response:\n"}
-# The same for Hugging Face's tools, in their language, Jinja.
+# The same template for Hugging Face, in Jinja.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% set text = message.content | trim %}"
     "{% if message.role == 'assistant' %}{{ text }}{{ eos_token }}"
     "{% elif message.role == 'system' %}{{ text }}\n\n"
     "{% else %}### Instruction:\n{{ text }}\n\n### Response:\n{% endif %}{% endfor %}"
 )
-# What an example of one question and its answer has instead of messages.
-EXAMPLE = ("instruction", "input", "output")
 
 
 def render(messages):
-    """The pieces of a conversation: what is read as Prompts, and the answers, <|endoftext|> after each.
+    """The pieces of a conversation: questions as Prompts, and answers, each followed by <|endoftext|>.
 
-    messages: {"role": "system", "user" or "assistant", "content": text} each. Raises UserError.
+    messages: each is {"role": "system", "user" or "assistant", "content": text}. Raises UserError.
     """
     pieces = []
-    question = ""  # all that is read before an answer, in one piece, for a token may reach over its parts
+    question = ""  # all text before an answer, in one piece, because a token may reach over two messages
     for message in messages:
         role, content = message["role"], clean(message["content"]).strip()
         if END_OF_TEXT in content:
-            raise UserError(f"{END_OF_TEXT} cannot be part of a message, for it ends an answer")
-        if role not in ("assistant", *TEMPLATE):
-            raise UserError(f"{role!r:.40} is no role of a message")
+            raise UserError(f"{END_OF_TEXT} cannot be part of a message, because it ends an answer")
         if role == "assistant":
             pieces += [Prompt(question), content, END_OF_TEXT]
             question = ""
-        else:
+        elif role in TEMPLATE:
             question += TEMPLATE[role].format(content)
+        else:
+            raise UserError(f"{role!r:.40} is no role of a message")
     return [*pieces, Prompt(question)]
 
 
-def answered(pieces):
-    """The pieces of a conversation that ends with an answer, without its end, which every document gets."""
-    *pieces, end, question = ["", *pieces]
-    if end != END_OF_TEXT or question:
-        raise UserError("the conversation does not end with an answer")
-    return pieces
-
-
 def as_messages(example):
-    """The conversation of an example: its instruction, with its input if it has one, and its output."""
+    """The conversation of an example: its instruction, its input if there is one, and its output."""
     question = example["instruction"]
     if example.get("input"):
         question += f"\n\n### Input:\n{example['input']}"
@@ -692,18 +648,18 @@ def as_messages(example):
 
 
 def unpacked(path):
-    """a.txt of a.txt, a.txt.gz and a.txt.zst."""
+    """a.txt for a.txt, a.txt.gz and a.txt.zst."""
     return path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
 
 
 def opener(path):
-    """What opens a file as open() does, and unpacks it where it is .gz or .zst. Raises UserError."""
+    """A function that opens a file as open() does, but unpacks .gz and .zst. Raises UserError."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.open
     if suffix != ".zst":
         return open
-    # Python has it from 3.14 on; backports.zstd is the same for those before.
+    # Python has zstd from 3.14 on; backports.zstd is the same for older versions.
     try:
         from compression import zstd
     except ImportError:
@@ -713,152 +669,147 @@ def opener(path):
 
 
 class NotText(UserError):
-    """A file that holds something else than text in UTF-8."""
+    """A file that is not UTF-8 text."""
 
 
 def check_head(path, head):
-    """Raises NotText where a file that begins with these bytes is no UTF-8 text."""
-    # The beginning of a PDF, UTF-16's byte order mark, and control characters but for tabs, line ends, escapes
-    # and separators.
+    """Raises NotText if a file that begins with these bytes is not UTF-8 text."""
+    # A PDF, the byte order marks of UTF-16, or control characters other than tabs, line ends and the like.
     if not re.search(rb"\A(?:%PDF|\xff\xfe|\xfe\xff)|[\0-\x07\x0e-\x1a]", head):
         return
     problem = "it is not text"
-    # Of the two bytes of a character of UTF-16, one is nearly always the same.
+    # Of the two bytes of a character in UTF-16, one is nearly always the same.
     few, many = sorted((len(set(head[::2])), len(set(head[1::2]))))
     if many > 3 * few or head.startswith((b"\xff\xfe", b"\xfe\xff")):
         problem = "it looks like UTF-16; add --encoding=utf-16, or --encoding=utf-16-le or -be"
     raise NotText(f"{path}: {problem}")
 
 
-@contextmanager
-def open_text(path, errors="strict", encoding="utf-8"):
-    """A text file, unpacked, to be read as str inside the with block. Raises UserError, there too.
-
-    Line ends become newlines, and a byte order mark is dropped.
-    """
-    codec = "utf-8-sig" if encoding == "utf-8" else encoding  # -sig drops the mark
-    # Damage shows only while the file is read, inside the with block: each kind of file has its own errors.
-    damage = user_error(f"{path} is damaged")
-    with opener(path)(path, "rt", encoding=codec, errors=errors) as file, damage:
-        try:
-            if encoding == "utf-8":
-                check_head(path, file.buffer.read(4096))
-                file.seek(0)
-            yield file
-        except UnicodeDecodeError as error:
-            # error.object is the bytes that were being decoded: the last that have been read.
-            at = file.buffer.tell() - len(error.object) + error.start
-            byte = error.object[error.start]
-            raise UserError(
-                f"{path} is not {encoding.upper()}: byte {at} is {byte:#x}; "
-                "name its --encoding, or --errors=replace goes on"
-            ) from None
-
-
 @dataclass
 class TextFiles:
-    """The documents of files, as often as they are asked for. Raises UserError."""
+    """The documents of files; it can be iterated several times. Raises UserError."""
 
     files: list
     errors: str = "strict"
-    text_key: str | None = None  # None: "text", where a record is no conversation
+    text_key: str | None = None  # None: "text", unless a record is a conversation
     encoding: str = "utf-8"
 
     def __iter__(self):
-        # Another format is another branch here, and another suffix in SUFFIXES.
+        # For another format, add a branch here and a suffix to SUFFIXES.
         for path in self.files:
             suffix = unpacked(path).suffix.lower()
+            records = None
             if suffix == ".jsonl":
                 records = self.read_jsonl(path)
-            elif suffix == ".parquet":
-                records = read_parquet(path, {self.text_key or "text", "messages", *EXAMPLE})
-            elif suffix == ".json" and self.is_array(path):
+            elif suffix == ".json":
                 records = self.read_json(path)
-            else:
+            elif suffix == ".parquet":
+                columns = {self.text_key or "text", "messages", "instruction", "input", "output"}
+                records = read_parquet(path, columns)
+            if records is None:
                 yield from split_at_ends(self.read_text(path))
                 continue
-            for number, record in records:
-                # Whatever is wrong with a record, its number helps most.
+            for place, record in records:
+                # Whatever is wrong with a record, the user needs its place.
                 try:
                     documents = self.documents_of(record)
                 except Exception as error:
-                    place = "line" if suffix == ".jsonl" else "record"
-                    raise UserError(f"{path}, {place} {number}: {error}") from None
+                    raise UserError(
+                        f"{path}, {place}: no text under --text_key, and no conversation: {error!r}"
+                    ) from None
                 yield from documents
 
+    @contextmanager
+    def open(self, path):
+        """A text file, unpacked, to be read inside the with block. Raises UserError, also inside the block.
+
+        Line ends become newlines, and a byte order mark is dropped.
+        """
+        codec = "utf-8-sig" if self.encoding == "utf-8" else self.encoding  # -sig drops the mark
+        # Damage is found only when the file is read, inside the with block.
+        damage = user_error(f"{path} is damaged")
+        with opener(path)(path, "rt", encoding=codec, errors=self.errors) as file, damage:
+            try:
+                if self.encoding == "utf-8":
+                    check_head(path, file.buffer.read(4096))
+                    file.seek(0)
+                yield file
+            except UnicodeDecodeError as error:
+                # error.object holds the bytes that were read last.
+                at = file.buffer.tell() - len(error.object) + error.start
+                raise UserError(
+                    f"{path} is not {self.encoding.upper()}: byte {at} is {error.object[error.start]:#x}; "
+                    "name its --encoding (such as latin-1), or add --errors=replace"
+                ) from None
+
     def read_text(self, path):
-        """The pieces of a whole file. Raises UserError where a character is NUL, which no text has."""
-        with open_text(path, self.errors, self.encoding) as file:
+        """The pieces of a file. Raises UserError if a character is NUL, which no text has."""
+        with self.open(path) as file:
             at = 0
             for piece in whole_words(file):
-                if "\0" in piece:
-                    at += piece.index("\0")
-                    raise UserError(f"{path} is not text: character {at} is NUL")
+                nul = piece.find("\0")
+                if nul >= 0:
+                    raise UserError(f"{path} is not text: character {at + nul} is NUL")
                 at += len(piece)
                 yield piece
 
     def read_jsonl(self, path):
-        """(number, object) of each line that is not blank."""
-        with open_text(path, self.errors, self.encoding) as file:
+        """(place, line) of each line that is not blank."""
+        with self.open(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
-                if len(line) == LONGEST:
-                    raise UserError(f"{path}, line {number} is longer than {LONGEST:,} characters")
+                check_length(line, file, f"line {number}")
                 if line.strip():
-                    with user_error(f"{path}, line {number}"):
-                        record = json.loads(line)
-                    yield number, record
-
-    def is_array(self, path):
-        """Whether a .json file is an array of objects. Another is text like any other."""
-        with open_text(path, self.errors, self.encoding) as file:
-            return re.match(r"\s*\[\s*[{\]]", file.read(1000))
+                    yield f"line {number}", line
 
     def read_json(self, path):
-        """(number, object) of an array."""
-        with open_text(path, self.errors, self.encoding) as file, user_error(f"{path} is damaged"):
-            text = file.read(LONGEST)
-            if len(text) == LONGEST:
-                raise UserError(f"{path} is longer than {LONGEST:,} characters: make a .jsonl of it")
-            yield from enumerate(json.loads(text), 1)
+        """(place, object) of an array of objects. None for any other file, which is read as plain text."""
+        with self.open(path) as file:
+            text = file.read(1000)
+            if not re.match(r"\s*\[\s*[{\]]", text):
+                return None
+            text += file.read(LONGEST)
+            check_length(text, file, "the array")
+            return [(f"record {number}", record) for number, record in enumerate(json.loads(text), 1)]
 
     def documents_of(self, record):
-        """The documents of a record: its conversation, or those of its text. Raises ValueError."""
-        try:
-            # A table has None where a row lacks something.
-            record = {key: value for key, value in record.items() if value is not None}
-            if "instruction" in record and self.text_key is None:
-                record["messages"] = as_messages(record)
-            if "messages" in record and self.text_key is None:
-                return [answered(render(record["messages"]))]
-            text = record[self.text_key or "text"].encode("utf-8", self.errors).decode()
-            return split_at_ends([clean(text)])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"no text under --text_key, and no conversation: {error!r}") from None
+        """The documents of a record: a conversation, or those of its text. Raises any type of error."""
+        if isinstance(record, str):  # a line of a .jsonl
+            record = json.loads(record)
+        if self.text_key is None:
+            messages = record.get("messages")
+            if record.get("instruction") is not None:  # a table has None if a row lacks a value
+                messages = as_messages(record)
+            if messages:
+                pieces = render(messages)
+                if pieces[-2:] != [END_OF_TEXT, ""]:
+                    raise UserError("the conversation does not end with an answer")
+                return [pieces[:-2]]  # split_documents ends every document
+        text = record[self.text_key or "text"]
+        return split_at_ends([clean(text.encode("utf-8", self.errors).decode())])
 
 
 def read_parquet(path, columns):
-    """(number, {column: value}) of each row, with those of the columns that there are. Raises UserError."""
+    """(place, {column: value}) of each row, with those of the columns that the file has. Raises UserError."""
     with user_error(f"{path} cannot be read"):
         from pyarrow.parquet import ParquetFile
 
         file = ParquetFile(path)
         batches = file.iter_batches(1000, columns=sorted(columns & {*file.schema_arrow.names}))
         rows = (row for batch in batches for row in batch.to_pylist())
-        yield from enumerate(rows, 1)
+        for number, row in enumerate(rows, 1):
+            yield f"record {number}", row
 
 
 def find_text_files(paths, encoding):
-    """The files, and the text files of the folders, in sorted order, each once; says what was left out.
+    """The files, and the text files of the folders, in sorted order, each once. Prints what is left out.
 
-    Names that begin with a dot are passed over. Raises UserError where a path does not exist, or where there
-    is no text file.
+    Hidden names, which begin with a dot, are passed over. Raises UserError if a path does not exist.
     """
-    # {what the path leads to in the end: path}: links may lead to a file that is there already.
-    found = {}
-    left_out = 0
+    found = {}  # {resolved path: path}: two links may lead to the same file
+    left_out = []
     for path in map(Path, paths):
         if path.is_file():
-            found[path.resolve()] = path  # asked for by name, so it is text
+            found[path.resolve()] = path  # the user says that it is text
         elif (path / "meta.json").exists():
             raise UserError(f"{path} is a prepared dataset, not text")
         elif path.is_dir():
@@ -866,25 +817,23 @@ def find_text_files(paths, encoding):
                 if file.is_file() and is_text(file, encoding):
                     found[file.resolve()] = file
                 else:
-                    left_out += 1
+                    left_out.append(str(file))
         else:
-            # A pipe would be empty at the second reading.
             near = difflib.get_close_matches(str(path), NAMES, 1) or NAMES
             raise UserError(
-                f"{path} is neither a folder nor a file that can be read twice; "
+                f"{path} does not exist, or cannot be read twice as a file can; "
                 f"did you mean {', '.join(near)}?"
             )
-    if not found:
-        raise UserError("no text file in the folder; a file that you name is taken as it is")
     if left_out:
-        say(f"{left_out:,} files are not text, or are links to folders", sys.stdout)
+        names = ", ".join(left_out[:5])
+        say(f"{len(left_out):,} files are not text, or are links to folders: {names}...", sys.stdout)
     return found.values()
 
 
 def walk(folder):
-    """The files in a folder and its folders, links to folders, and whatever else there is, in sorted order.
+    """All files in a folder and its subfolders, and links to folders, in the same order on every system.
 
-    The same folder gives the same order on every system. Raises UserError where one cannot be read.
+    Raises UserError if a folder cannot be read.
     """
     with user_error(f"{folder} cannot be read"):
         for path in sorted(folder.iterdir()):
@@ -897,40 +846,40 @@ def walk(folder):
 
 
 def is_text(path, encoding):
-    """Whether a file of a folder is named as text is, and begins as text does. Raises UserError."""
+    """Whether a file in a folder has the suffix of text, and begins like text. Raises UserError."""
     suffix = unpacked(path).suffix.lower()
     if suffix not in SUFFIXES:
         return False
-    if suffix == ".parquet":  # whose rows hold text, though its bytes are none
+    if suffix == ".parquet":  # its rows hold text, although its bytes are not text
         return True
     try:
-        with open_text(path, encoding=encoding):
+        with TextFiles([path], encoding=encoding).open(path):
             return True
     except NotText:
         return False
 
 
 def pydocs():
-    """The reference of the Python language, which every CPython has for help(): half a million characters."""
+    """The language reference that ships with CPython for help(): half a million characters."""
     from pydoc_data.topics import topics
 
-    # Sorted, so that the text does not depend on the order in which Python lists its topics.
+    # Sorted, so that the text does not depend on the order of Python's list.
     return "\n".join(topics[name].strip() + "\n" for name in sorted(topics))
 
 
 # -- token IDs -----------------------------------------------------------------------------------------------
 #
 #   documents -> split_documents -> ("train" or "val", text) -> batches -> lists of them
-#             -> encode_batches, in threads -> ("train" or "val", token IDs) -> write_bins
+#             -> encode_batches, in threads -> ("train" or "val", text, token IDs) -> write_bins
 
 
 def split_documents(documents, count, characters, val_fraction, ends=True):
-    """("train" or "val", text), in order, of count documents that have so many characters altogether.
+    """("train" or "val", text), in order, of count documents with this number of characters in total.
 
-    One document is cut: its first characters train. Of many, each goes whole to one side, and <|endoftext|>
-    follows it, where the vocabulary has it: the last of every 1 / val_fraction validates, and one at least.
+    A single document is cut: its beginning trains. Of several, each goes whole to one side: the last of every
+    1 / val_fraction validates, and at least one. With ends, <|endoftext|> follows each of them.
     """
-    to_train = int(characters * (1 - val_fraction))  # of one document: characters that still go to train.bin
+    to_train = int(characters * (1 - val_fraction))  # characters of a single document that still train
     for i, document in enumerate(documents, 1):
         if count == 1:
             for piece in document:
@@ -938,7 +887,7 @@ def split_documents(documents, count, characters, val_fraction, ends=True):
                 yield "val", piece[to_train:]
                 to_train = max(0, to_train - len(piece))
             return
-        # How many validate of those so far, this one included: of all of them, one at least.
+        # The number of documents so far, with this one, that validate; in the end at least one.
         wanted = max(int(i * val_fraction), i == count)
         split = "val" if wanted > int((i - 1) * val_fraction) else "train"
         for piece in document:
@@ -948,7 +897,7 @@ def split_documents(documents, count, characters, val_fraction, ends=True):
 
 
 def batches(texts):
-    """The same in lists of about PIECE characters: enough work for a thread, however short a text is."""
+    """The same in lists of about PIECE characters: enough work for a thread, however short the texts are."""
     batch = []
     size = 0
     for split, text in texts:
@@ -961,45 +910,31 @@ def batches(texts):
     yield batch
 
 
-def encode_batches(batches, tokenizer, masked=False):
-    """("train" or "val", token IDs) of each text, in order. Raises UserError.
+def encode_batches(batches, tokenizer):
+    """("train" or "val", text, its token IDs) of each text, in order. Raises UserError.
 
-    masked: after them ("train_mask" or "val_mask", a uint8 for each ID, 1 where it is to be learned)
-    Threads encode while this one reads and writes. They are only a few batches ahead, to bound the memory.
+    Threads encode a few batches at a time, so that memory does not grow.
     """
 
     def encode_batch(batch):
-        encoded = []
-        for split, text in batch:
-            ids = tokenizer.encode_array(text)
-            encoded.append((split, ids))
-            if masked:
-                learned = not isinstance(text, Prompt)
-                encoded.append((f"{split}_mask", np.full(len(ids), learned, "u1")))
-        return encoded
+        return [(split, text, tokenizer.encode_array(text)) for split, text in batch]
 
-    # Threads suffice, without processes: tiktoken and NumPy work outside of Python's lock.
-    under_way = []
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for batch in batches:
-            under_way.append(pool.submit(encode_batch, batch))
-            if len(under_way) > 2 * THREADS:
-                yield from under_way.pop(0).result()
-        for encoded in under_way:
-            yield from encoded.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, what has not begun need not be done
+    # Threads are enough, because tiktoken and NumPy work outside of Python's lock.
+    with ThreadPoolExecutor(THREADS) as pool:
+        while group := list(islice(batches, 2 * THREADS)):
+            # After an error or Ctrl-C, map cancels what has not begun.
+            for encoded in pool.map(encode_batch, group):
+                yield from encoded
 
 
 # -- datasets ------------------------------------------------------------------------------------------------
 
-# All that we write into data/<name>/. A folder that holds anything else is somebody's, and is not replaced.
+# All files that we write into data/<name>/. A folder with any other file is never replaced.
 DATASET_FILES = {"train.bin", "val.bin", "train_mask.bin", "val_mask.bin", "meta.json", "ckpt.pt"}
 
 
 def write_file(path, content):
-    """Write a file so that path is the complete old file or the complete new one at any moment."""
+    """Write a file. At any moment, path is the complete old file or the complete new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
     try:
@@ -1007,14 +942,14 @@ def write_file(path, content):
         with open(partial, "xb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # onto the disk, before it gets its name
+            os.fsync(file.fileno())  # it must be on the disk before it gets its name
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)  # where that has failed
+        partial.unlink(missing_ok=True)  # if that has failed
 
 
 def read_json(path):
-    """The object in a JSON file; an empty one where there is no such file. Raises UserError."""
+    """The object in a JSON file, or an empty one if there is no such file. Raises UserError."""
     if not path.is_file():
         return {}
     with user_error(f"{path} is damaged, or no JSON object"):
@@ -1022,13 +957,13 @@ def read_json(path):
 
 
 def load_dataset(name, block_size, vocab_size=None, check_ids=True):
-    """Token IDs of data/<name>/train.bin and val.bin, memory-mapped, meta.json and the tokenizer.
+    """The token IDs in data/<name>/train.bin and val.bin (memory-mapped), meta.json and the tokenizer.
 
-    vocab_size: of the model that is to read them, where it is not the dataset's
-    check_ids: whether to read all of them, for one that is beyond it
+    vocab_size: the model's, if it differs from the dataset's
+    check_ids: whether to read all IDs, and look for one that is too large
     Raises UserError.
     """
-    name = Path(name).name  # of data/mine too
+    name = Path(name).name  # data/mine means mine
     folder = Path("data", name)
     if not (folder / "val.bin").is_file():
         raise UserError(f"{folder} is not prepared; run python prepare.py {name}, or YOUR_TEXT --name={name}")
@@ -1047,51 +982,50 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
         path = folder / f"{split}.bin"
         size = path.stat().st_size
         tokens = meta.get(f"{split}_tokens", size // 2)
-        # A window is block_size tokens, and the one that follows them.
+        # A window is block_size tokens, and the token after them.
         if tokens != size / 2 or tokens <= block_size:
             raise UserError(
-                f"{path} is truncated, or {tokens} tokens are too few for {block_size=}: prepare it anew"
+                f"{path} is truncated, or {tokens} tokens are too few for {block_size=}: prepare more text"
             )
-        data = np.memmap(path, "<u2", "r")  # (tokens,), read when it is used
-        # Where nothing says their size: IDs of four bytes or eight, read as two, are 0 every second time.
+        data = np.memmap(path, "<u2", "r")  # (tokens,), read only when it is used
+        # If meta.json does not say so: read as uint16, every second number of larger integers is 0.
         dtype = meta.get("dtype")
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
-        if check_ids and data.max() >= vocab_size:  # it would crash a GPU without a word
+        if check_ids and data.max() >= vocab_size:  # a GPU would crash without a reason
             raise UserError(f"{path} has the ID {data.max()}, which is beyond the vocabulary")
         splits.append(data)
     return *splits, meta, tokenizer
 
 
 def load_mask(name, split, data):
-    """The mask of data/<name>/<split>.bin: a uint8 for each ID, 1 where it is to be learned, as all are
-    where there is no mask.
+    """The mask of data/<name>/<split>.bin: a uint8 for each ID, 1 if it is to be learned.
 
-    data: the IDs, as load_dataset returns them. Raises UserError.
+    Without a mask, all IDs are. data: the IDs, as load_dataset returns them. Raises UserError.
     """
     path = Path("data", Path(name).name, f"{split}_mask.bin")
     if not path.exists():
-        return np.broadcast_to(np.uint8(1), len(data))  # which takes no memory
+        return np.broadcast_to(np.uint8(1), len(data))  # this takes no memory
     if path.stat().st_size != len(data):
-        raise UserError(f"{path} does not belong to {split}.bin: prepare both anew")
+        raise UserError(f"{path} does not belong to its token IDs: prepare both anew")
     return np.memmap(path, "u1", "r")
 
 
 @contextmanager
 def new_folder(name, tokenizer, sources):
-    """(a folder to fill, what its meta.json is to hold), inside the with block.
+    """Gives the with block a folder to fill, and the content of its meta.json.
 
-    It becomes data/<name>/ when all is done; until then that is the old one, or none.
+    The folder becomes data/<name>/ when the block has ended without an error. Until then the old one stays.
     tokenizer: has meta and vocab_size
-    sources: {"url" or "path": where the content is from, "sha256": ...} each
-    Raises UserError where data/<name>/ holds anything that is not ours.
+    sources: where the content comes from, each {"url" or "path": ..., "sha256": ...}
+    Raises UserError if data/<name>/ holds files that are not ours.
     """
-    folder = Path("data", name).resolve()  # where a link points to, which stays as it is
+    folder = Path("data", name).resolve()  # if it is a link, the link stays as it is
     new = folder.with_name(f".{name}.new")
     old = folder.with_name(f".{name}.old")
     if folder.exists():
         found = set(os.listdir(folder))
-        # What we write has a meta.json: a train.bin alone is another program's. An empty folder is nobody's.
+        # Without meta.json, a train.bin is from another program. An empty folder may be replaced.
         if found and not {"meta.json"} <= found <= DATASET_FILES:
             raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
     meta = {
@@ -1111,7 +1045,7 @@ def new_folder(name, tokenizer, sources):
             shutil.rmtree(old, ignore_errors=True)
             yield new, meta
             (new / "meta.json").write_text(json.dumps(meta, indent=1))
-            # A folder cannot be renamed to one that holds files, so the old one makes room first.
+            # A folder cannot be renamed over one with files, so the old one is moved away first.
             if folder.exists():
                 say(f"data/{name} is replaced", sys.stderr)
                 folder.rename(old)
@@ -1122,114 +1056,122 @@ def new_folder(name, tokenizer, sources):
 
 
 def bytes_per_token(meta, tokenizer, ids):
-    """Bytes of UTF-8 behind a validation token, by which losses of tokenizers compare; None if unknown.
+    """The mean number of UTF-8 bytes per validation token, or None if unknown.
 
-    meta: says it for what prepare.py has tokenized; else the ids themselves do
+    prepare.py has counted the bytes of its texts in meta. Otherwise ids are decoded, without end-of-text.
     """
-    if "train_learned" in meta:  # a loss of the answers alone compares with no other
+    # The loss of answers alone cannot be compared with that of whole texts.
+    if "train_learned" in meta or not tokenizer.keeps_text:
         return None
     counted = meta.get("val_bytes")
     if not isinstance(counted, int):
-        lengths = tokenizer.byte_lengths()
-        if lengths is None:
-            return None
-        counted = sum(lengths[part].sum() for part in np.array_split(ids, len(ids) // PIECE + 1))
+        counted = 0
+        # In parts, because the decoded text takes more memory than the IDs.
+        for part in np.array_split(ids, len(ids) // PIECE + 1):
+            text = tokenizer.decode(part[part != tokenizer.end_of_text].tolist())
+            counted += len(text.encode())
     return counted / len(ids)
 
 
-def write_bins(name, arrays, tokenizer, sources, lengths=None):
-    """Write data/<name>/, say how it is split, and return how many token IDs it holds. Raises UserError.
+def write_bins(name, encoded, tokenizer, sources, masked=False):
+    """Write data/<name>/, print how it is split, and return its meta.json. Raises UserError.
 
-    arrays: ("train" or "val", array of uint16 token IDs), in order, and masks, as encode_batches gives them
+    encoded: ("train" or "val", text or None, array of uint16 token IDs), in order
     tokenizer, sources: as in new_folder
-    lengths: bytes of each token ID, if meta.json is to count them
+    masked: whether some texts are Prompts; then masks are written too
     """
-    sizes = dict.fromkeys(("train", "val"), 0)  # {file: how many numbers it has}
-    learned = 0
+    names = ["train", "val"]
+    if masked:
+        names += ["train_mask", "val_mask"]
+    counts = Counter()
     with new_folder(name, tokenizer, sources) as (folder, meta), ExitStack() as stack:
-        files = {}
-        for split, array in arrays:
-            if split not in files:
-                files[split] = stack.enter_context(open(folder / f"{split}.bin", "wb"))
-            files[split].write(array)
-            sizes[split] = sizes.get(split, 0) + len(array)
-            if split == "train_mask":
-                learned += int(array.sum())
-            elif lengths is not None and split in ("train", "val"):
-                key = f"{split}_bytes"
-                meta[key] = meta.get(key, 0) + int(lengths[array].sum())
-        # train.py draws windows of both.
-        if 0 in sizes.values():
+        files = {file: stack.enter_context(open(folder / f"{file}.bin", "wb")) for file in names}
+        for split, text, ids in encoded:
+            files[split].write(ids)
+            counts[f"{split}_tokens"] += len(ids)
+            if masked:
+                learned = not isinstance(text, Prompt)
+                files[f"{split}_mask"].write(np.full(len(ids), learned, "u1"))
+                counts[f"{split}_learned"] += len(ids) * learned
+            if text and text != END_OF_TEXT and tokenizer.keeps_text:
+                counts[f"{split}_bytes"] += len(text.encode())
+        meta |= counts
+        train, val = counts["train_tokens"], counts["val_tokens"]
+        if 0 in (train, val):  # train.py needs both
             raise UserError("train.bin or val.bin would be empty; give more text or another --val_fraction")
-        meta |= {"train_tokens": sizes["train"], "val_tokens": sizes["val"]}
-        if learned:
-            meta["train_learned"] = learned  # of the tokens
 
-    tokens = sizes["train"] + sizes["val"]
     say(
-        f"data/{name}: {sizes['train']:,} train ({sizes['train'] / tokens:.1%}) and "
-        f"{sizes['val']:,} validation tokens ({sizes['val'] / tokens:.1%})",
+        f"data/{name}: {train:,} train ({train / (train + val):.1%}) and "
+        f"{val:,} validation tokens ({val / (train + val):.1%})",
         sys.stdout,
     )
-    if learned:
-        say(f"{learned:,} of the training tokens are learned, the others are read alone", sys.stdout)
-    return tokens
+    if masked:
+        say(
+            f"{meta['train_learned']:,} of the training tokens are learned, the others are only read",
+            sys.stdout,
+        )
+    return meta
 
 
 def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4096):
-    """Tokenize documents, read twice, into data/<name>/, whole or absent at any time. Raises UserError.
+    """Tokenize documents into data/<name>/. They are read twice. Raises UserError.
 
     sources: as in new_folder
     kind: a name in TOKENIZERS, or what tokenizer_of takes
-    vocab_size: of bpe, which reads the training text once more to learn so many entries
+    vocab_size: entries of a bpe vocabulary, for which the training text is read a third time
     """
     entries_of = TOKENIZERS.get(kind, Tokenizer).entries
-    if kind != "bpe" and not entries_of:
+    if kind != "bpe" and not entries_of:  # its vocabulary is fixed
         if kind in TOKENIZERS:
             tokenizer = load_tokenizer({"tokenizer": {"type": kind}})
         else:
             tokenizer = tokenizer_of(kind)
-        # Fetches its files, which may fail, before the text is read, and before several threads want them.
-        tokenizer.encode("")
-    # First reading: a character tokenizer needs all characters, a split needs to know where nine tenths are.
+        tokenizer.encode("")  # this fetches its files, which may fail, before the text is read
+    # First reading: a tokenizer may need all characters, and the split the number of documents or characters.
     count = 0
     characters = 0
     entries = set()
     masked = False
-    for document in tqdm(documents, "documents", disable=None):  # None: a bar on a terminal alone
+    for document in tqdm(documents, "documents", disable=None):  # None: a bar only on a terminal
         count += 1
         for piece in document:
             characters += len(piece)
             masked |= isinstance(piece, Prompt)
-            # Where there are too many already, more of them would only fill the memory.
+            # If there are too many already, more of them would only fill the memory.
             if entries_of and len(entries) <= MAX_VOCAB and piece != END_OF_TEXT:
                 entries.update(entries_of(piece))
-    if count == 0:
-        raise UserError(f"there is no text to make data/{name} of")
+    if not count:
+        raise UserError(
+            f"there is no text for data/{name}: no text file, or only blank ones (a file that you name itself "
+            "is taken as text)"
+        )
     if masked and count == 1:
-        raise UserError(f"a single conversation cannot be cut in two: data/{name} needs several")
+        raise UserError(f"a single conversation cannot be split: data/{name} needs several")
     if entries_of:
         tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
     if kind == "bpe":
-        texts = split_documents(documents, count, characters, val_fraction, ends=False)
+        texts = split_documents(documents, count, characters, val_fraction)
         learned_from = (text for split, text in texts if split == "train" and text != END_OF_TEXT)
         tokenizer = BPETokenizer.trained(learned_from, vocab_size)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
     ends = tokenizer.end_of_text is not None
     if masked and not ends:
-        raise UserError("this vocabulary has no end-of-text, by which an answer ends")
-    # Second reading, in which a text knows its side. All of these are generators: nothing is read before
-    # write_bins asks for it.
+        raise UserError("this vocabulary has no end-of-text, which must end an answer")
+    # Second reading. All of these are generators, so nothing is read before write_bins asks for it.
     texts = split_documents(documents, count, characters, val_fraction, ends)
     progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
-    arrays = encode_batches(progress, tokenizer, masked)
-    tokens = write_bins(name, arrays, tokenizer, sources, tokenizer.byte_lengths())
-    say(f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token", sys.stdout)
+    meta = write_bins(name, encode_batches(iter(progress), tokenizer), tokenizer, sources, masked)
+    tokens = meta["train_tokens"] + meta["val_tokens"]
+    say(
+        f"{count:,} documents, {characters:,} characters, {characters / tokens:.2f} a token, "
+        f"vocabulary of {tokenizer.vocab_size:,}",
+        sys.stdout,
+    )
 
 
 def prepare_fineweb(name, shards):
-    """FineWeb's first shards of 100M GPT-2 IDs, and one to validate, into data/<name>/. Raises UserError."""
+    """Write the first shards of FineWeb and one to validate, 100M GPT-2 IDs each. Raises UserError."""
     sources = []
     ids = []
     for i in [*range(1, shards + 1), 0]:
@@ -1241,8 +1183,8 @@ def prepare_fineweb(name, shards):
             path.unlink()  # the next run downloads it again
             raise UserError(f"{url} came as something else than a shard of token IDs; run it again")
         sources.append({"url": url, "sha256": file_sha256(path)})
-        # On the disk until it is written: a hundred shards would not fit into memory.
-        ids.append((split, np.memmap(path, "<u2", "r", FINEWEB_HEADER)))
+        # Memory-mapped, because a hundred shards would not fit into memory.
+        ids.append((split, None, np.memmap(path, "<u2", "r", FINEWEB_HEADER)))
     write_bins(name, ids, GPT2Tokenizer, sources)
 
 
@@ -1250,7 +1192,7 @@ def prepare_fineweb(name, shards):
 
 
 def prepare_gpt2(name, size):
-    """OpenAI's checkpoint -> data/<name>/ckpt.pt and meta.json. size: OpenAI's name of it, such as 124M.
+    """Turn OpenAI's checkpoint into data/<name>/ckpt.pt. size: OpenAI's name, such as 124M.
 
     Raises UserError.
     """
@@ -1265,19 +1207,19 @@ def prepare_gpt2(name, size):
         url = f"{GPT2_URL}/{size}/{file}"
         path = cached(url)
         sources.append({"url": url, "sha256": file_sha256(path)})
-    # TensorFlow wants all files of a checkpoint in one folder, as they are at OpenAI's.
+    # TensorFlow needs all files of a checkpoint in one folder, as OpenAI has them.
     weights, model_args = read_gpt2(path.parent)
     with new_folder(name, GPT2Tokenizer, sources) as (folder, meta):
         with user_error(f"cannot write {checkpoint}, is the disk full?"):
             torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
-    shutil.rmtree(path.parent)  # as large again, and no longer needed
+    shutil.rmtree(path.parent)  # these files are as large, and no longer needed
     say(f"{checkpoint} is ready for --init_from={name}", sys.stdout)
 
 
 def read_gpt2(folder):
-    """The weights of a GPT-2 that TensorFlow saved, by our names, and its model_args. Raises UserError."""
+    """The weights of a GPT-2 that TensorFlow has saved, under our names, and model_args. Raises UserError."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow prints a lot
-    with user_error("OpenAI's files are TensorFlow's; install it: pip install tensorflow"):
+    with user_error("only TensorFlow reads OpenAI's files; install it: pip install tensorflow"):
         import tensorflow as tf
     import torch
 
@@ -1285,12 +1227,12 @@ def read_gpt2(folder):
 
     weights = {}
     with user_error(f"{folder} is no GPT-2, or damaged; delete it and try again"):
-        # n_layer, n_head and n_embd have the same names.
+        # n_layer, n_head and n_embd have the same names as ours.
         model_args = json.loads((folder / "hparams.json").read_text())
         model_args["block_size"] = model_args.pop("n_ctx")
         model_args["vocab_size"] = model_args.pop("n_vocab")
         reader = tf.train.load_checkpoint(str(folder / "model.ckpt"))
-        # One at a time, so that the largest size needs its memory once.
+        # One tensor at a time, so that the largest model is in memory only once.
         for name in reader.get_variable_to_shape_map():
             tensor = torch.from_numpy(reader.get_tensor(name))
             if name.endswith("/w"):
@@ -1298,14 +1240,14 @@ def read_gpt2(folder):
             for theirs, ours in GPT2_RENAMES.items():
                 name = name.replace(theirs, ours)
             weights[name] = tensor
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # GPT-2 ties the two
-        # Raises where a name or shape differs.
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]  # GPT-2 ties these two
+        # This raises if a name or a shape differs.
         GPT.from_checkpoint({"model": weights, "model_args": model_args})
     return weights, model_args
 
 
 def weights_path(init_from):
-    """The checkpoint that init_from names: GPT-2's weights, or a path as it is. Raises UserError."""
+    """The path of the checkpoint that init_from names: GPT-2's weights, or a path. Raises UserError."""
     if init_from not in GPT2_SIZES:
         return init_from
     path = f"data/{init_from}/ckpt.pt"
@@ -1318,30 +1260,30 @@ def weights_path(init_from):
 
 
 def speak_utf8():
-    """Let the standard streams be UTF-8 everywhere; what is none is spelled out, and ends no run."""
+    """Make the standard streams UTF-8 on every system. Other characters are escaped, and end no run."""
     for name in ("stdin", "stdout", "stderr"):
-        # None where it is closed; a file that is opened would take its place, and what is printed
+        # A closed stream is None; without a substitute, the next file that is opened would take its number.
         stream = getattr(sys, name) or open(os.devnull, "r+")
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         setattr(sys, name, stream)
 
 
 def say(line, stream):
-    """Write a line, above a progress bar. A stream that fails is given up: what is printed ends no run."""
+    """Print a line above the progress bar. If the stream fails, it is given up, and the run goes on."""
     try:
         tqdm.write(visible(line, stream), stream)
         stream.flush()
-    except OSError:  # a full disk, a closed terminal, or nobody reads any more
+    except OSError:  # a full disk, a closed terminal, or a reader that has ended
         give_up(stream)
 
 
 def give_up(stream):
-    """What is written to a stream from here on goes nowhere, so that Python's last flush cannot fail."""
+    """From now on, what is written to the stream goes nowhere, so that Python's last flush cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def visible(text, stream):
-    """The text for a stream; a terminal gets control characters spelled out, for it would obey them."""
+    """The text to print. For a terminal, control characters are escaped, because it would obey them."""
     if not stream.isatty():
         return text
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
@@ -1349,12 +1291,12 @@ def visible(text, stream):
 
 @contextmanager
 def lock(folder, wait=False):
-    """Keep other processes out of a folder inside the with block. Raises UserError where one is in it.
+    """Keep other processes out of a folder during the with block. Raises UserError if one is in it.
 
-    wait: until that one has ended, instead of an error
-    A lock of the system's on what is there anyway: it leaves nothing behind, however the process ends.
+    wait: wait for the other process instead
+    The operating system locks the folder itself, so nothing is left behind, however the process ends.
     """
-    if sys.platform == "win32":  # which cannot lock a folder
+    if sys.platform == "win32":  # Windows cannot lock a folder
         yield
         return
     import fcntl
@@ -1374,49 +1316,49 @@ def lock(folder, wait=False):
 
 
 def dataset_name(args):
-    """The folder in data/: --name, or that of the corpus or the first file. Raises UserError."""
+    """The name of the folder in data/: --name, or that of the corpus or the first file. Raises UserError."""
     stem = unpacked(Path(args.what[0])).resolve().stem
-    # What a shell or a URL would trip over becomes "_".
+    # Characters that trouble a shell or a URL become "_".
     name = args.name or re.sub(r"[^\w.-]+", "_", stem)
-    # train.py --dataset=verdict is to mean the corpus, not somebody's verdict.txt.
+    # train.py --dataset=verdict must mean the corpus, not your verdict.txt.
     if name in NAMES and args.what != [name]:
         raise UserError(f"{name} is the name of a corpus; choose another --name for your own text")
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--name={name} is no folder name: letters, digits, '_', '-' and '.' only")
+        raise UserError(f"--name={name} may only have letters, digits, '_', '-' and '.'")
     return name
 
 
 def prepare(args):
-    """Do what the command line asks for, and say what was done. Raises UserError."""
+    """Do what the command line asks for. Raises UserError."""
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
-    if not 257 <= args.vocab_size <= MAX_VOCAB:  # the bytes and <|endoftext|> at least
-        raise UserError(f"--vocab_size must lie between 257 and {MAX_VOCAB}, not {args.vocab_size}")
+    if not 257 <= args.vocab_size <= MAX_VOCAB:  # at least the 256 bytes and <|endoftext|>
+        raise UserError("--vocab_size must lie between 257 and 65536")
     what = args.what[0]
     if len(args.what) > 1 and set(args.what) & set(NAMES):
         raise UserError("one corpus at a time, and no files beside it")
-    # Weights, not text.
+    # These are weights, not text.
     for name, size in GPT2_SIZES.items():
         if what in (name, size):
             return prepare_gpt2(name, size)
 
-    # Token IDs, not text: there is nothing to tokenize.
     name = dataset_name(args)
     kind, file = CORPORA.get(what, ("char", None))
     kind = args.tokenizer or kind
+    # These are token IDs already.
     if what == "fineweb":
         if not 1 <= args.shards <= 103 or kind != "gpt2":
             raise UserError("fineweb comes as GPT-2 token IDs, in 1 to 103 shards: see --help")
         return prepare_fineweb(name, args.shards)
 
     with user_error(f"--encoding={args.encoding}"):
-        codecs.lookup(args.encoding)
-    # Text: what its documents are, and where they are from.
+        "".encode(args.encoding)  # raises if there is no such encoding
+    # The rest is text.
     if what == "pydocs":
         text = pydocs()
         documents = [[text]]
         sha256 = hashlib.sha256(text.encode()).hexdigest()
-        sources = [{"path": f"pydoc_data.topics of Python {sys.version.split()[0]}", "sha256": sha256}]
+        sources = [{"path": "pydoc_data.topics", "sha256": sha256}]
     elif file:
         url, sha256 = file
         documents = TextFiles([cached(url, sha256)])
@@ -1429,33 +1371,33 @@ def prepare(args):
 
 
 def interrupt(_number, _frame):
-    """The first Ctrl-C ends the program; cleaning up takes a moment, which no other may interrupt."""
+    """The first Ctrl-C ends the program. Further ones are ignored, so that it can clean up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"NAME: {', '.join(NAMES)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help="a corpus, or your own files")
+    own = f"your own files, or one of {', '.join(NAMES)}"
+    add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help=own)
     add(
         "--tokenizer",
-        help="char, word, gpt2, bpe, or whose to take: a folder or a checkpoint; default: the corpus's",
+        help="char, word, gpt2, bpe, or whose to take: a dataset's folder, a checkpoint or a tokenizer.json; "
+        "default: the corpus's, else char",
     )
-    add("--vocab_size", type=int, default=4096, help="entries of bpe, trained on the text (%(default)s)")
-    add("--val_fraction", type=float, default=0.1, help="share of the text that validates (%(default)s)")
-    add("--name", help="the folder in data/; default: the corpus's or the first file's name")
-    add("--shards", type=int, default=1, help="of fineweb, 100M tokens each (%(default)s)")
-    add("--text_key", help="what a record calls its text (text, where it is no conversation)")
-    add("--encoding", default="utf-8", help="of the text (%(default)s)")
-    add("--errors", choices=["strict", "replace"], default="strict", help="where text is of another encoding")
+    add("--vocab_size", type=int, default=4096, help="entries of a bpe vocabulary (%(default)s)")
+    add("--val_fraction", type=float, default=0.1, help="part of the text for validation (%(default)s)")
+    add("--name", help="name of the folder in data/; default: the name of the corpus or of the first file")
+    add("--shards", type=int, default=1, help="shards of fineweb, 100M tokens each (%(default)s)")
+    add("--text_key", help="the key of the text in a record; default: text, unless it is a conversation")
+    add("--encoding", default="utf-8", help="encoding of the text (%(default)s)")
+    add("--errors", choices=["strict", "replace"], default="strict", help="what to do with undecodable bytes")
     speak_utf8()
     signal.signal(signal.SIGINT, interrupt)
-    # Every mistake travels to here, and ends in one line and an exit status of 1.
+    # Every mistake ends here, in one line and an exit status of 1.
     try:
         prepare(parser.parse_args())
     except UserError as error:

@@ -114,7 +114,9 @@ def test_any_text_comes_back_from_the_ids_of_the_package(learned, text):
     ids = learned.encode(text)
     assert ids == learned.bpe.encode(text, add_special_tokens=False).ids
     assert learned.decode(ids) == text and max(ids, default=0) < 600
-    assert learned.byte_lengths()[ids].sum() == len(text.replace(END, "").encode())
+    if ids:
+        size = prepare.bytes_per_token({}, learned, np.array(ids)) * len(ids)
+        assert round(size) == len(text.replace(END, "").encode())
 
 
 @pytest.mark.filterwarnings("ignore")

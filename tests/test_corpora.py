@@ -194,9 +194,9 @@ def test_few_batches_are_under_way_at_a_time():
     encoded = prepare.encode_batches(batches(), tokenizer)
     first = next(encoded)
     assert taken <= 2 * prepare.THREADS + 1
-    found = [(split, ids.tolist()) for split, ids in [first, *encoded]]
+    found = [(split, text, ids.tolist()) for split, text, ids in [first, *encoded]]
     assert found == [
-        (split, tokenizer.encode(text))
+        (split, text, tokenizer.encode(text))
         for i in range(100)
         for split, text in (("train", "ab" * i), ("val", "b"))
     ]
