@@ -533,6 +533,7 @@ class GPT(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
         (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
 
@@ -629,7 +630,7 @@ def load_checkpoint(path: str) -> dict:
     if path.is_dir():
         return load_hugging_face(path)
     if not path.is_file():
-        raise ModelError(f"{path} does not exist, or is not a regular file")
+        raise ModelError(f"{path}: No such file, or not a regular file")
     try:
         with zipfile.ZipFile(path) as archive:
             # PyTorch's files are not compressed: a compressed one could fill the memory
@@ -639,7 +640,7 @@ def load_checkpoint(path: str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # a damaged zip or a forbidden pickle can raise any type of error
         raise ModelError(
-            f"{path} cannot be read, is damaged, or holds more than tensors and plain data"
+            f"{path} is damaged, cannot be read, or holds more than tensors and plain data"
         ) from None
     try:
         if "iter_num" in checkpoint:  # this one is nanoGPT's, whose GELU is the exact one

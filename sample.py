@@ -49,6 +49,7 @@ from model import (
     ModelError,
     check_compiler,
     load_checkpoint,
+    next_token_probs,
     pick_device,
     pick_dtype,
     value_or,
@@ -463,7 +464,8 @@ def export_folder(checkpoint, tokenizer):
 
 
 def check_settings(tokenizer, block_size):
-    """Raises UserError if a setting cannot work."""
+    """Raises UserError or ModelError if a setting cannot work."""
+    next_token_probs(torch.zeros(1, 1), temperature, top_k, top_p)  # which checks these three
     if not 1 <= num_samples < 1_000_000:
         raise UserError(f"{num_samples=} must be from 1 to 999,999, because the texts must fit into memory")
     if max_new_tokens < 0 or not 0 <= seed < 2**62:

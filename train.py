@@ -392,11 +392,6 @@ def check_settings(given):
             raise UserError(f"{name} must be at least {least} and less than {limit}, not {value}")
     if "max_iters" in given and max_epochs:
         raise UserError(f"max_iters or {max_epochs=}? For max_iters, add --max_epochs=None")
-    if init_from == "scratch" and "n_layer" not in given and not torch.accelerator.is_available():
-        raise UserError(
-            "GPT-2's size is too much without a GPU; begin with: python train.py config/quickstart.py "
-            "(or say --n_layer=12)"
-        )
     if stride and data_order != "epoch":
         raise UserError("stride needs --data_order=epoch")
     if not 0 <= rank < world_size or gradient_accumulation_steps % world_size:
@@ -813,6 +808,10 @@ def end(message):
 
 if __name__ == "__main__":
     try:
+        if not given and not torch.accelerator.is_available():
+            raise UserError(
+                "GPT-2's size is too much without a GPU; try python train.py config/quickstart.py"
+            )
         main(given)
     except (ModelError, UserError) as error:
         end(error)
