@@ -192,10 +192,11 @@ def bench_train(args: argparse.Namespace) -> None:
     flags = [f"--device={args.device}", f"--compile={args.device == 'cuda'}"]
     flags += [f"--dataset={args.dataset}"] if args.dataset else []
     runners = {}  # name: (settings, train(seed, flags))
-    for pairs in args.set or [[]]:
+    for i, pairs in enumerate(args.set or [[]]):
+        name = args.names[i] if i < len(args.names) else " ".join(["plainGPT", *pairs])
         own = [*flags, *(f"--{pair}" for pair in pairs)]
         train = functools.partial(train_ours, args.config, own)
-        runners[" ".join(["plainGPT", *pairs])] = our_settings(args.config, own), train
+        runners[name] = our_settings(args.config, own), train
     if args.peer:
         own = [*flags, *(f"--{pair}" for pair in args.peer_set)]
         settings = our_settings(args.peer_config or args.config, own)
@@ -882,6 +883,7 @@ def main() -> None:
     train.add_argument(
         "--set", nargs="*", action="append", metavar="KEY=VALUE", help="of ours; again: one more contender"
     )
+    train.add_argument("--names", nargs="*", default=[], help="of our contenders, for the legend of the plot")
     train.add_argument(
         "--peer_set", nargs="*", default=[], metavar="KEY=NUMBER", help="settings of the peer alone"
     )
