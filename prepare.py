@@ -142,9 +142,11 @@ def user_error(message):
     """
     try:
         yield
-    except (UserError, MemoryError):  # these say enough already
+    except (UserError, MemoryError, KeyboardInterrupt, GeneratorExit):  # these say enough already
         raise
-    except Exception as error:
+    except (
+        BaseException
+    ) as error:  # a package in Rust, such as tokenizers, panics with one that is no Exception
         raise UserError(f"{message}: {' '.join(str(error).splitlines())}") from None
 
 

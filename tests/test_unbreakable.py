@@ -711,6 +711,13 @@ def described(tmp_path_factory):
     return folder, found
 
 
+def test_a_panic_of_the_tokenizers_package_is_one_line(described):
+    meta = copy.deepcopy(described[1]["bpe"])
+    meta["tokenizer"]["json"]["model"]["continuing_subword_prefix"] = "longer than any entry"
+    with pytest.raises(UserError, match="damaged or unknown"):
+        prepare.load_tokenizer(meta)
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_meta_json_is_read_or_refused_in_one_line(described, monkeypatch, data):
