@@ -142,11 +142,10 @@ def user_error(message):
     """
     try:
         yield
-    except (UserError, MemoryError, KeyboardInterrupt, GeneratorExit):  # these say enough already
-        raise
-    except (
-        BaseException
-    ) as error:  # a package in Rust, such as tokenizers, panics with one that is no Exception
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise  # these say enough already
+    # Packages in Rust, such as tokenizers, panic with an error that is not an Exception.
+    except BaseException as error:
         raise UserError(f"{message}: {' '.join(str(error).splitlines())}") from None
 
 
@@ -828,7 +827,9 @@ def find_text_files(paths, encoding):
             )
     if left_out:
         names = ", ".join(left_out[:5])
-        say(f"{len(left_out):,} files are not text, or are links to folders: {names}...", sys.stdout)
+        if len(left_out) > 5:
+            names += ", ..."
+        say(f"{len(left_out):,} files are not text, or are links to folders: {names}", sys.stdout)
     return found.values()
 
 

@@ -435,14 +435,14 @@ def export_folder(checkpoint, tokenizer):
     folder = Path(export).expanduser()
     if folder.exists():
         raise UserError(f"{folder} is there already; --export wants a new folder")
-    theirs = as_hugging_face(tokenizer)
+    hf_tokenizer = as_hugging_face(tokenizer)
     model = GPT.from_checkpoint(checkpoint)
     # leave out the IDs that only pad the vocabulary, because transformers would sample them
     model.config.vocab_size = tokenizer.vocab_size
     for layer in (model.transformer.wte, model.lm_head):
         layer.weight.data = layer.weight.data[: tokenizer.vocab_size]
     model.save_pretrained(folder)
-    theirs.save(str(folder / "tokenizer.json"))
+    hf_tokenizer.save(str(folder / "tokenizer.json"))
 
     # only the tokenizer knows which ID ends a text, so save_pretrained has left it open
     config = read_json(folder / "config.json")
@@ -455,7 +455,7 @@ def export_folder(checkpoint, tokenizer):
         # GPT-2 begins, ends and pads texts with the same token
         for role in ("bos", "eos", "pad"):
             config[f"{role}_token_id"] = tokenizer.end_of_text
-            about[f"{role}_token"] = theirs.id_to_token(tokenizer.end_of_text)
+            about[f"{role}_token"] = hf_tokenizer.id_to_token(tokenizer.end_of_text)
     if "train_learned" in checkpoint.get("meta", {}):  # it has learned to answer
         about["chat_template"] = CHAT_TEMPLATE
     (folder / "config.json").write_text(json.dumps(config, indent=2))

@@ -66,9 +66,7 @@ dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the f
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
 seed = 1337  # of weights, batches and dropout
 tensorboard = False  # also write the numbers of metrics.jsonl for tensorboard --logdir=out
-sample_prompt: str | None = (
-    None  # a text to continue at each evaluation; None: val.bin's first tokens; "": none
-)
+sample_prompt: str | None = None  # continued at each evaluation; None: val.bin's first tokens; "": no sample
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once until there is something to save

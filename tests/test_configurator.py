@@ -157,6 +157,8 @@ def test_help_lists_settings_without_torch(tmp_path, script):
     done = run("-X", "importtime", script, "--help", cwd=tmp_path)
     assert "--out_dir='out'" in done.stdout and "--seed=1337" in done.stdout
     assert re.search(r"^  --dtype='auto' .* \[auto, float32, bfloat16, float16\]$", done.stdout, re.M)
+    bare = [line for line in done.stdout.splitlines() if re.fullmatch(r"  --\w+=\S+", line)]
+    assert not bare, bare  # each has a comment, which a setting of several lines would lose
     assert "torch" not in done.stderr and "numpy" not in done.stderr
 
 
