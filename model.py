@@ -460,7 +460,7 @@ class GPT(nn.Module):
         ]
         optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
         if for_muon:
-            optimizers.append(Muon(for_muon, muon_learning_rate, weight_decay))
+            optimizers.append(Muon(for_muon, muon_learning_rate, weight_decay, betas[0]))
         return optimizers
 
     @classmethod
@@ -570,8 +570,8 @@ class Muon(torch.optim.Optimizer):
     several processes share the work.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
@@ -583,11 +583,13 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"].lerp_(p.grad, 0.05)  # 0.95 momentum + 0.05 gradient
+                # a mean of the gradients so far, in which older ones count less and less
+                mean = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 # all processes have the same gradients, so each updates some matrices for all of them
                 if i % processes != rank:
                     continue
-                update = p.grad.lerp(momentum, 0.95)  # Nesterov: the newest gradient counts once more
+                # Nesterov: the newest gradient counts once more
+                update = p.grad.lerp(mean, group["momentum"])
                 rows, columns = p.shape
                 if rows == 3 * columns:  # query, key and value: in this GPT only c_attn has this shape
                     rows = columns

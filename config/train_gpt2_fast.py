@@ -24,6 +24,7 @@ optimizer = "muon"
 learning_rate = 3e-3
 muon_learning_rate = 0.02
 weight_decay = 0.01
+beta1 = 0.95  # Muon's momentum, as there
 lr_schedule = "wsd"
 warmup_iters = 100
 max_iters = 3800  # 2B tokens

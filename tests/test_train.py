@@ -229,15 +229,16 @@ def test_without_a_compiler_one_line_says_so(workdir, tmp_path):
     assert not (workdir / "out" / "uncompiled").exists()
 
 
-def test_muon_is_pytorchs():
+@pytest.mark.parametrize("momentum", [0.95, 0.8])
+def test_muon_is_pytorchs(momentum):
     """Several steps change the matrices as torch.optim.Muon does, but for its rounding to bfloat16."""
     torch.manual_seed(0)
     shapes = [(96, 32), (32, 32), (128, 32), (32, 128)] * 2
     params = [torch.nn.Parameter(torch.randn(*shape)) for shape in shapes]
-    ours = Muon(params, lr=0.02)
+    ours = Muon(params, lr=0.02, momentum=momentum)
     rows = [32 if shape == (96, 32) else shape[0] for shape in shapes]  # of query, key and value apart
     pieces = [[q.clone() for q in p.detach().split(n)] for p, n in zip(params, rows, strict=True)]
-    theirs = torch.optim.Muon([q for qs in pieces for q in qs], lr=0.02)
+    theirs = torch.optim.Muon([q for qs in pieces for q in qs], lr=0.02, momentum=momentum)
     start = [p.detach().clone() for p in params]
     for _ in range(4):
         for p, qs in zip(params, pieces, strict=True):
