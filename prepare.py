@@ -11,6 +11,7 @@ twice, to count and then to tokenize, a piece at a time: memory does not grow wi
 """
 
 import argparse
+import codecs
 import difflib
 import gzip
 import hashlib
@@ -176,12 +177,14 @@ def download(url, path, sha256=None):
         if part.is_symlink():
             part.unlink()  # otherwise it would overwrite what the link points to
         # Connections break, so there are several tries, with longer and longer pauses.
+        reason = None
         for seconds, address in product(range(4), addresses):
             time.sleep(seconds / 2)
             try:
                 fetch(address, part)
-            except OSError as error:  # from the network or the disk
-                reason = error
+            except (OSError, ValueError) as error:
+                # The network, the disk, or a header that makes no sense. The first reason says most.
+                reason = reason or error
                 continue
             if is_whole(part, sha256):
                 part.replace(path)
@@ -204,25 +207,35 @@ def fetch(address, part):
     # Of a compressed transfer, a range would count other bytes.
     headers = {"Accept-Encoding": "identity"}
     version = Path(f"{part}.version")  # which version of the file part belongs to
+    start = 0
     if part.exists():
-        headers["Range"] = f"bytes={part.stat().st_size}-"
+        start = part.stat().st_size
+        headers["Range"] = f"bytes={start}-"
         if version.exists():  # the server sends the rest of this version, or all of a newer one
             headers["If-Range"] = version.read_text()
     # The timeout is that of the next bytes: a large file may take hours in total.
     with requests.get(address, headers=headers, stream=True, timeout=30) as response:
         # 206 is the rest of the file, 200 all of it. 416 says that part is longer than the file, so it may be
-        # another file, and the next try begins anew.
-        if response.status_code in (200, 416):
+        # another file, and the next try begins anew, as it does after another rest than that asked for.
+        status = response.status_code
+        asked = f"bytes {start}-"
+        rest = response.headers.get("Content-Range", asked).startswith(asked)
+        if status in (200, 416) or (status == 206 and not rest):
             part.unlink(missing_ok=True)
-        response.raise_for_status()
+        if status != 200 and not (status == 206 and rest):
+            raise OSError(f"the answer was {status} {response.reason}")
         found = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if found:
             write_file(version, found.encode())
         # Some servers do not say how long the file is. Then only the checksum shows that something is missing.
-        left = int(response.headers.get("Content-Length", 0))
-        with open(part, "ab") as file, tqdm.wrapattr(file, "write", left, desc=part.stem) as watched:
+        length = response.headers.get("Content-Length", "")
+        left = int(length) if length.isdecimal() else None
+        with (
+            open(part, "ab") as file,
+            tqdm.wrapattr(file, "write", left, desc=part.stem, disable=None) as bar,
+        ):
             for chunk in response.iter_content(65536):
-                watched.write(chunk)
+                bar.write(chunk)
     version.unlink(missing_ok=True)
 
 
@@ -263,6 +276,7 @@ class Tokenizer:
     """
 
     end_of_text = None
+    unknown = None  # the ID of all that the vocabulary lacks, if there is one
     keeps_text = True  # whether decode(encode(text)) is the text
 
     # If the vocabulary comes from the text itself, entries(text) are the entries that the text needs, and
@@ -342,6 +356,7 @@ class WordTokenizer(Tokenizer):
         self.vocab_size = len(vocab)
         self.ids = {word: i for i, word in enumerate(vocab)}
         self.end_of_text = self.ids[END_OF_TEXT]
+        self.unknown = self.ids[UNKNOWN]
 
     @classmethod
     def from_entries(cls, entries, several=True):
@@ -349,9 +364,7 @@ class WordTokenizer(Tokenizer):
 
     def encode(self, text):
         text = text.replace(END_OF_TEXT, f" {END_OF_TEXT} ")  # so that it is a separate word
-        # The words of a prompt may be unknown, those of the prepared text are not.
-        unknown = self.ids[UNKNOWN]
-        return [self.ids.get(word, unknown) for word in self.words(text)]
+        return [self.ids.get(word, self.unknown) for word in self.words(text)]
 
     def decode(self, ids):
         text = " ".join(self.vocab[i] for i in ids)
@@ -405,12 +418,18 @@ class BPETokenizer(Tokenizer):
 
         from tokenizers import Tokenizer as AnyTokenizer
 
+        # A file may say that a text is to be cut, filled up, put between tokens, or tokenized at random.
+        model = {name: value for name, value in json["model"].items() if name != "dropout"}
+        json = {**json, "model": model, "truncation": None, "padding": None, "post_processor": None}
         self.meta = {"type": "bpe", "json": json}
         self.bpe = AnyTokenizer.from_str(dumps(json))
         # The number of tokens would be wrong, because a vocabulary may have holes.
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
-        if end_of_text is not None:
+        self.unknown = model.get("unk_id")
+        if isinstance(model.get("unk_token"), str):
+            self.unknown = self.bpe.token_to_id(model["unk_token"])
+        if end_of_text not in (None, self.end_of_text):
             if self.bpe.id_to_token(end_of_text) is None:
                 raise UserError(f"end-of-text has the ID {end_of_text!r:.20}, which the vocabulary lacks")
             # meta must hold it too, so that the same tokenizer is loaded again.
@@ -425,8 +444,9 @@ class BPETokenizer(Tokenizer):
         from tokenizers import ByteLevelBPETokenizer
 
         bpe = ByteLevelBPETokenizer()
-        # The package takes 256 texts at a time, so cut long ones at the end of a word.
-        cuts = re.compile(r"(?s).{,100000}\S(?=[ \n])|.+")
+        # The package takes 256 texts at a time, so cut long ones at the end of a word. A word of 10,000
+        # characters is cut as well: the time to learn from it grows with the square of its length.
+        cuts = re.compile(r"(?s).{,10000}\S(?=[ \n])|.{1,10000}")
         bpe.train_from_iterator(
             (part for text in texts for part in cuts.findall(text)),
             vocab_size,
@@ -439,11 +459,39 @@ class BPETokenizer(Tokenizer):
     def encode(self, text):
         if text == END_OF_TEXT and self.end_of_text is not None:
             return [self.end_of_text]  # another vocabulary may write it as </s>
-        # The package's fastest method: it does not track places in the text.
-        return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with user_error("this vocabulary lacks something in the text"):
+            # The package's fastest method: it does not track places in the text.
+            ids = self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        if self.unknown in ids and self.unknown != self.end_of_text:
+            encoding = self.bpe.encode(text, add_special_tokens=False)
+            start, end = encoding.offsets[ids.index(self.unknown)]
+            raise UserError(f"{text[start:end]!r:.40} is not in the vocabulary")
+        return ids
 
     def decode(self, ids):
         return self.bpe.decode(ids, skip_special_tokens=False)
+
+
+def fixed_tokenizer(kind):
+    """The tokenizer of this kind, or None if its vocabulary comes from the text. Raises UserError.
+
+    kind: a name in TOKENIZERS, or what tokenizer_of takes
+    """
+    if kind not in TOKENIZERS:
+        return tokenizer_of(kind)
+    if kind == "bpe" or TOKENIZERS[kind].entries:
+        return None
+    tokenizer = load_tokenizer({"tokenizer": {"type": kind}})
+    tokenizer.encode("")  # this fetches its files, which may fail, before the text is read
+    return tokenizer
+
+
+def check_characters(tokenizer, characters):
+    """Raises UserError, which names the character, if a vocabulary from elsewhere would lose one of a text."""
+    for char in sorted(characters):
+        kept = tokenizer.decode(tokenizer.encode(char))
+        if kept in ("", "\N{REPLACEMENT CHARACTER}") and not char.isspace():
+            raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
 
 
 def as_hugging_face(tokenizer):
@@ -488,7 +536,7 @@ def tokenizer_of(name, checkpoint=None):
     checkpoint: what load_checkpoint has read from it, if it has been read already
     Our checkpoints contain their tokenizer; a checkpoint of nanoGPT has that of its dataset.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.name == "tokenizer.json":
         path = path.parent
     if path.is_dir():
@@ -529,8 +577,9 @@ def tokenizer_of_folder(folder):
     else:
         vocab = read_json(folder / "vocab.json")
     # GPT-2's vocabulary is recognized by its tokens, in the order of their IDs.
-    tokens = "\n".join(sorted(vocab, key=vocab.get))
-    sha256 = hashlib.sha256(tokens.encode()).hexdigest()
+    with user_error(f"{folder}/vocab.json is damaged"):
+        tokens = "\n".join(sorted(vocab, key=vocab.get))
+        sha256 = hashlib.sha256(tokens.encode()).hexdigest()
     if sha256 == "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f":
         return GPT2Tokenizer()
     if not description:
@@ -643,8 +692,9 @@ def render(messages):
 def as_messages(example):
     """The conversation of an example: its instruction, its input if there is one, and its output."""
     question = example["instruction"]
-    if example.get("input"):
-        question += f"\n\n### Input:\n{example['input']}"
+    given = example.get("input")
+    if given is not None and clean(given).strip():
+        question += f"\n\n### Input:\n{given}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": example["output"]}]
 
 
@@ -705,8 +755,8 @@ class TextFiles:
             elif suffix == ".json":
                 records = self.read_json(path)
             elif suffix == ".parquet":
-                columns = {self.text_key or "text", "messages", "instruction", "input", "output"}
-                records = read_parquet(path, columns)
+                columns = {"text", "messages", "instruction", "input", "output"}
+                records = read_parquet(path, {self.text_key} if self.text_key else columns)
             if records is None:
                 yield from split_at_ends(self.read_text(path))
                 continue
@@ -716,7 +766,7 @@ class TextFiles:
                     documents = self.documents_of(record)
                 except Exception as error:
                     raise UserError(
-                        f"{path}, {place}: no text under --text_key, and no conversation: {error!r}"
+                        f"{path}, {place}: no text under --text_key, and no conversation: {error!r:.300}"
                     ) from None
                 yield from documents
 
@@ -726,13 +776,14 @@ class TextFiles:
 
         Line ends become newlines, and a byte order mark is dropped.
         """
-        codec = "utf-8-sig" if self.encoding == "utf-8" else self.encoding  # -sig drops the mark
         # Damage is found only when the file is read, inside the with block.
         damage = user_error(f"{path} is damaged")
-        with opener(path)(path, "rt", encoding=codec, errors=self.errors) as file, damage:
+        with opener(path)(path, "rt", encoding=self.encoding, errors=self.errors) as file, damage:
             try:
                 if self.encoding == "utf-8":
                     check_head(path, file.buffer.read(4096))
+                    file.seek(0)
+                if file.read(1) != "\N{BYTE ORDER MARK}":
                     file.seek(0)
                 yield file
             except UnicodeDecodeError as error:
@@ -795,7 +846,8 @@ def read_parquet(path, columns):
         from pyarrow.parquet import ParquetFile
 
         file = ParquetFile(path)
-        batches = file.iter_batches(1000, columns=sorted(columns & {*file.schema_arrow.names}))
+        # Few rows at a time, because a text may be long.
+        batches = file.iter_batches(16, columns=sorted(columns & {*file.schema_arrow.names}))
         rows = (row for batch in batches for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
             yield f"record {number}", row
@@ -829,20 +881,25 @@ def find_text_files(paths, encoding):
         names = ", ".join(left_out[:5])
         if len(left_out) > 5:
             names += ", ..."
-        say(f"{len(left_out):,} files are not text, or are links to folders: {names}", sys.stdout)
+        say(
+            f"{len(left_out):,} files are not text, or are links to folders, or prepared datasets: {names}",
+            sys.stdout,
+        )
     return found.values()
 
 
 def walk(folder):
-    """All files in a folder and its subfolders, and links to folders, in the same order on every system.
+    """All files in a folder and its subfolders, in the same order on every system.
 
+    Links to folders and prepared datasets are not entered, but are among the files.
     Raises UserError if a folder cannot be read.
     """
     with user_error(f"{folder} cannot be read"):
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
-            if path.is_dir() and not path.is_symlink():
+            # A prepared dataset holds our own files, not text.
+            if path.is_dir() and not path.is_symlink() and not (path / "val.bin").exists():
                 yield from walk(path)
             else:
                 yield path
@@ -966,8 +1023,11 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     check_ids: whether to read all IDs, and look for one that is too large
     Raises UserError.
     """
-    name = Path(name).name  # data/mine means mine
+    path = Path(name)
+    name = path.name  # data/mine means mine
     folder = Path("data", name)
+    if len(path.parts) > 1 and path.resolve() != folder.resolve():
+        raise UserError(f"datasets lie in data/, and --dataset={path} does not")
     if not (folder / "val.bin").is_file():
         raise UserError(f"{folder} is not prepared; run python prepare.py {name}, or YOUR_TEXT --name={name}")
     meta = read_json(folder / "meta.json")
@@ -1023,7 +1083,7 @@ def new_folder(name, tokenizer, sources):
     sources: where the content comes from, each {"url" or "path": ..., "sha256": ...}
     Raises UserError if data/<name>/ holds files that are not ours.
     """
-    folder = Path("data", name).resolve()  # if it is a link, the link stays as it is
+    folder = Path(os.path.realpath(f"data/{name}"))  # if it is a link, the link stays as it is
     new = folder.with_name(f".{name}.new")
     old = folder.with_name(f".{name}.old")
     if folder.exists():
@@ -1067,7 +1127,7 @@ def bytes_per_token(meta, tokenizer, ids):
     if "train_learned" in meta or not tokenizer.keeps_text:
         return None
     counted = meta.get("val_bytes")
-    if not isinstance(counted, int):
+    if not (isinstance(counted, int) and 0 < counted < 2**53):
         counted = 0
         # In parts, because the decoded text takes more memory than the IDs.
         for part in np.array_split(ids, len(ids) // PIECE + 1):
@@ -1087,10 +1147,12 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
     if masked:
         names += ["train_mask", "val_mask"]
     counts = Counter()
+    unknown = 0
     with new_folder(name, tokenizer, sources) as (folder, meta), ExitStack() as stack:
         files = {file: stack.enter_context(open(folder / f"{file}.bin", "wb")) for file in names}
         for split, text, ids in encoded:
             files[split].write(ids)
+            unknown += np.count_nonzero(ids == tokenizer.unknown)
             counts[f"{split}_tokens"] += len(ids)
             if masked:
                 learned = not isinstance(text, Prompt)
@@ -1108,6 +1170,8 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
         f"{val:,} validation tokens ({val / (train + val):.1%})",
         sys.stdout,
     )
+    if unknown:
+        say(f"{unknown:,} tokens are words that the vocabulary lacks: {UNKNOWN}", sys.stdout)
     if masked:
         say(
             f"{meta['train_learned']:,} of the training tokens are learned, the others are only read",
@@ -1123,13 +1187,10 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4
     kind: a name in TOKENIZERS, or what tokenizer_of takes
     vocab_size: entries of a bpe vocabulary, for which the training text is read a third time
     """
-    entries_of = TOKENIZERS.get(kind, Tokenizer).entries
-    if kind != "bpe" and not entries_of:  # its vocabulary is fixed
-        if kind in TOKENIZERS:
-            tokenizer = load_tokenizer({"tokenizer": {"type": kind}})
-        else:
-            tokenizer = tokenizer_of(kind)
-        tokenizer.encode("")  # this fetches its files, which may fail, before the text is read
+    tokenizer = fixed_tokenizer(kind)
+    from_elsewhere = kind not in TOKENIZERS
+    # What the vocabulary is made of; or the characters, to see whether one from elsewhere has all of them.
+    entries_of = set if from_elsewhere else TOKENIZERS[kind].entries
     # First reading: a tokenizer may need all characters, and the split the number of documents or characters.
     count = 0
     characters = 0
@@ -1150,17 +1211,24 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4
         )
     if masked and count == 1:
         raise UserError(f"a single conversation cannot be split: data/{name} needs several")
-    if entries_of:
+    if from_elsewhere:
+        check_characters(tokenizer, entries)
+    elif entries_of:
         tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
     if kind == "bpe":
         texts = split_documents(documents, count, characters, val_fraction)
         learned_from = (text for split, text in texts if split == "train" and text != END_OF_TEXT)
+        # Meanwhile Python would not see a Ctrl-C, and nothing is written yet: so it ends the program at once.
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
         tokenizer = BPETokenizer.trained(learned_from, vocab_size)
+        signal.signal(signal.SIGINT, handler)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
     ends = tokenizer.end_of_text is not None
     if masked and not ends:
         raise UserError("this vocabulary has no end-of-text, which must end an answer")
+    if count > 1 and not ends:
+        say("this vocabulary has no end-of-text, so nothing marks the end of a document", sys.stderr)
     # Second reading. All of these are generators, so nothing is read before write_bins asks for it.
     texts = split_documents(documents, count, characters, val_fraction, ends)
     progress = tqdm(batches(texts), "tokenizing", characters // PIECE + 1, unit="M chars", disable=None)
@@ -1271,10 +1339,10 @@ def speak_utf8():
         setattr(sys, name, stream)
 
 
-def say(line, stream):
+def say(line, stream, end="\n"):
     """Print a line above the progress bar. If the stream fails, it is given up, and the run goes on."""
     try:
-        tqdm.write(visible(line, stream), stream)
+        tqdm.write(visible(line, stream), stream, end)
         stream.flush()
     except OSError:  # a full disk, a closed terminal, or a reader that has ended
         give_up(stream)
@@ -1320,7 +1388,8 @@ def lock(folder, wait=False):
 
 def dataset_name(args):
     """The name of the folder in data/: --name, or that of the corpus or the first file. Raises UserError."""
-    stem = unpacked(Path(args.what[0])).resolve().stem
+    path = Path(os.path.realpath(args.what[0]))  # resolve() would raise another error for a loop of links
+    stem = path.name if path.is_dir() else unpacked(path).stem
     # Characters that trouble a shell or a URL become "_".
     name = args.name or re.sub(r"[^\w.-]+", "_", stem)
     # train.py --dataset=verdict must mean the corpus, not your verdict.txt.
@@ -1338,7 +1407,9 @@ def prepare(args):
     if not 257 <= args.vocab_size <= MAX_VOCAB:  # at least the 256 bytes and <|endoftext|>
         raise UserError("--vocab_size must lie between 257 and 65536")
     what = args.what[0]
-    if len(args.what) > 1 and set(args.what) & set(NAMES):
+    if "" in args.what:
+        raise UserError("a path is empty; is a variable of the shell not set?")
+    if len(args.what) > 1 and set(args.what) & {*NAMES, *GPT2_SIZES.values()}:
         raise UserError("one corpus at a time, and no files beside it")
     # These are weights, not text.
     for name, size in GPT2_SIZES.items():
@@ -1356,6 +1427,7 @@ def prepare(args):
 
     with user_error(f"--encoding={args.encoding}"):
         "".encode(args.encoding)  # raises if there is no such encoding
+        args.encoding = codecs.lookup(args.encoding).name  # utf-8, however it is spelled
     # The rest is text.
     if what == "pydocs":
         text = pydocs()
@@ -1402,15 +1474,17 @@ def main():
     signal.signal(signal.SIGINT, interrupt)
     # Every mistake ends here, in one line and an exit status of 1.
     try:
-        prepare(parser.parse_args())
+        return prepare(parser.parse_args())
     except UserError as error:
-        sys.exit(f"prepare.py: {error}")
+        reason = error
     except MemoryError:
-        sys.exit("prepare.py: out of memory; nothing half-done is left")
+        reason = "out of memory; nothing half-done is left"
     except OSError as error:
-        sys.exit(f"prepare.py: {error}; nothing half-done is left; if the disk is full, make room for it")
+        reason = f"{error}; nothing half-done is left; if the disk is full, make room for it"
     except KeyboardInterrupt:
-        sys.exit("prepare.py: interrupted; nothing half-done is left, run it again")
+        reason = "interrupted; nothing half-done is left, run it again"
+    say(f"prepare.py: {reason}", sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -84,6 +85,118 @@ def test_a_hugging_face_folder_brings_its_own_tokenizer(foreign):
     for path in ("data/mine", "hf/tokenizer.json", "out/mine/best.pt"):
         run("prepare.py", "other.txt", f"--tokenizer={path}", "--name=again", cwd=foreign)
         assert dataset(foreign, "again")[0]["tokenizer"] == meta["tokenizer"]
+
+
+TOKENIZER_SETTINGS = {
+    "truncation": {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 5,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    },
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    },
+    "dropout": 0.5,
+}
+
+
+@pytest.mark.parametrize("key", TOKENIZER_SETTINGS)
+def test_a_tokenizer_json_changes_no_text(foreign, key):
+    """Some hold settings of a past use, which would cut a text, fill it up, or make it random."""
+    clean = json.loads((foreign / "hf" / "tokenizer.json").read_text(encoding="utf-8"))
+    changed = json.loads(json.dumps(clean))
+    (changed["model"] if key == "dropout" else changed)[key] = TOKENIZER_SETTINGS[key]
+    expected = prepare.BPETokenizer(clean)
+    tokenizer = prepare.BPETokenizer(changed)
+    assert tokenizer.encode(TEXT * 20) == expected.encode(TEXT * 20)
+    assert tokenizer.meta == expected.meta  # one vocabulary, one description
+    assert prepare.as_hugging_face(tokenizer).encode(TEXT * 20).ids == expected.encode(TEXT * 20)
+
+
+def lacking(kind):
+    """The JSON of a vocabulary of the letters of TEXT alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    chars = sorted(set(TEXT))
+    if kind == "exported":
+        return json.loads(prepare.as_hugging_face(prepare.CharTokenizer(chars)).to_str())
+    if kind == "bytes":
+        full = prepare.BPETokenizer.trained([TEXT], 257).meta["json"]
+        keep = {char.replace(" ", "\u0120").replace("\n", "\u010a") for char in chars}
+        full["model"]["vocab"] = {char: i for i, char in enumerate(sorted(keep))}
+        full["model"]["merges"], full["added_tokens"] = [], []
+        return full
+    vocab = {char: i for i, char in enumerate(chars)} | {"<unk>": len(chars)}
+    if kind == "unigram":
+        model = models.Unigram([(token, -1.0) for token in vocab], len(chars))
+    elif kind == "words":
+        model = models.WordLevel(vocab, "<unk>")
+    else:
+        model = models.BPE(vocab, [], unk_token={"unk": "<unk>", "none": None}[kind])
+    tokenizer = Tokenizer(model)
+    if kind == "words":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return json.loads(tokenizer.to_str())
+
+
+@pytest.mark.parametrize("kind", ["exported", "bytes", "unigram", "words", "unk", "none"])
+@pytest.mark.parametrize("char", ["Z", "\u00e9", "\u4e2d"])
+def test_what_a_vocabulary_cannot_express_is_named(tmp_path, monkeypatch, kind, char):
+    monkeypatch.chdir(tmp_path)
+    Path("tokenizer.json").write_text(json.dumps(lacking(kind)))
+    document = [TEXT * 3, f"to {char} be"]
+    with pytest.raises(prepare.UserError, match=f"'{char}'|vocabulary lacks"):
+        prepare.write_dataset("never", [document], [], "tokenizer.json")
+    assert not Path("data/never").exists()
+    prepare.write_dataset("it", [[TEXT * 30]], [], "tokenizer.json")
+    assert dataset(tmp_path)[1].replace(" ", "") == (TEXT * 30).replace(" ", "")
+
+
+def test_unknown_words_are_counted(tmp_path):
+    for name, text in (("a", "to be or not " * 20), ("b", "to be or nought " * 20)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    run("prepare.py", "a.txt", "--tokenizer=word", cwd=tmp_path)
+    done = run("prepare.py", "b.txt", "--tokenizer=data/a", cwd=tmp_path)
+    assert "20 tokens are words that the vocabulary lacks: <|unk|>" in done.stdout
+
+
+@pytest.mark.parametrize("vocab", ['{"a": 1, "b": "x"}', '{"a": null, "b": 2}', '{"\\ud800": 1}', "[]"])
+def test_a_damaged_vocab_json_is_one_line(tmp_path, vocab):
+    (tmp_path / "vocab.json").write_text(vocab)
+    with pytest.raises(prepare.UserError):
+        prepare.tokenizer_of(tmp_path)
+
+
+def test_an_export_fits_the_dataset_that_it_came_from(tmp_path):
+    """bpe knows its end-of-text without config.json's word, so its description is the same."""
+    bpe = prepare.BPETokenizer.trained([TEXT * 9], 300)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bpe.meta["json"]))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": bpe.end_of_text}))
+    assert prepare.tokenizer_of(tmp_path).meta == bpe.meta
+
+
+def test_a_word_without_end_is_learned_from_in_parts():
+    """The time to learn from a word grows with the square of its length; this one would take minutes."""
+    word = "".join(random.Random(1).choices("acgt", k=400_000))
+    bpe = prepare.BPETokenizer.trained([f"start {word}"], 300)
+    assert bpe.decode(bpe.encode(word[:1000])) == word[:1000] and bpe.vocab_size == 300
+
+
+def test_a_dataset_elsewhere_is_not_one_of_this_folder(foreign, tmp_path):
+    shutil.copytree(foreign / "data" / "pydocs", tmp_path / "pydocs")
+    line = refused("train.py", *SHORT, f"--dataset={tmp_path / 'pydocs'}", "--out_dir=out/never", cwd=foreign)
+    assert "datasets lie in data/" in line
+    run("train.py", *SHORT, f"--dataset={foreign / 'data' / 'pydocs'}", "--eval_only=True", cwd=foreign)
 
 
 @needs_mirror

@@ -10,9 +10,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, TINY, metrics, needs_mirror, refused, run
 
 import prepare
+import sample
 import train
 from model import GPT, GPTConfig
 
@@ -134,6 +136,23 @@ def test_a_broken_record_is_named_by_its_number(tmp_path, monkeypatch, record, s
     place = "record 3" if suffix == ".json" else "line 3"
     with pytest.raises(prepare.UserError, match=f"it{suffix}, {place}: "):
         list(map(list, prepare.TextFiles([path])))
+
+
+@pytest.mark.parametrize("given", [0, False, True, ["a"], {"k": None}], ids=str)
+def test_an_input_that_is_no_text_is_refused(given):
+    with pytest.raises(TypeError):
+        prepare.as_messages({"instruction": "Add.", "input": given, "output": "3"})
+    for none in (None, "", " \n"):
+        first, _ = prepare.as_messages({"instruction": "Add.", "input": none, "output": "3"})
+        assert first["content"] == "Add."
+
+
+def test_documents_without_end_of_text_are_said(tmp_path):
+    (tmp_path / "one.txt").write_text("abc def " * 9)
+    (tmp_path / "two.jsonl").write_text('{"text": "abc"}\n{"text": "def"}\n{"text": "fab"}\n')
+    run("prepare.py", "one.txt", cwd=tmp_path)
+    done = run("prepare.py", "two.jsonl", "--tokenizer=data/one", cwd=tmp_path)
+    assert "no end-of-text" in done.stderr
 
 
 def test_a_key_that_is_asked_for_is_text(tmp_path):
@@ -298,6 +317,17 @@ def test_a_line_that_cannot_be_read_is_said_and_the_next_is_answered(parrot):
     done = subprocess.run(CHAT, input=lines, cwd=parrot, capture_output=True)
     assert done.stdout.decode().split() == ["DOG", "BEE", "CAT"] and done.returncode == 0
     assert END in done.stderr.decode() and "Traceback" not in done.stderr.decode()
+
+
+def test_what_a_model_wrote_spoils_no_chat(monkeypatch, capsys):
+    """A NUL, or end-of-text in characters, which no message may hold."""
+    tokenizer = prepare.CharTokenizer(sorted(set("\0 ab#:\nInstructionRespe")) + [END])
+    model = GPT(GPTConfig(block_size=200, vocab_size=tokenizer.vocab_size, n_layer=0, n_head=1, n_embd=8))
+    monkeypatch.setattr(sample, "max_new_tokens", 3)
+    monkeypatch.setattr(model, "generate_stream", lambda *args, **more: iter([torch.tensor([[0]])] * 3))
+    messages = sample.answer(model.eval(), tokenizer, [{"role": "user", "content": "a"}])
+    assert messages[-1] == {"role": "assistant", "content": ""}
+    sample.answer(model, tokenizer, [*messages, {"role": "user", "content": "b"}])
 
 
 def test_chat_needs_an_end_of_text(trained, workdir):

@@ -1,5 +1,6 @@
 """Corpora of any size: pieces, processes, every wrapping of documents, FineWeb, interruptions."""
 
+import argparse
 import gzip
 import io
 import json
@@ -295,12 +296,20 @@ def test_bytes_that_are_not_utf8_are_named_or_replaced(tmp_path):
     assert prepare.load_tokenizer(meta).decode(ids) == text
 
 
-def test_a_bom_is_no_text(tmp_path):
-    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + b"abc" * 10)
-    run("prepare.py", "bom.txt", cwd=tmp_path)
-    assert json.loads((tmp_path / "data" / "bom" / "meta.json").read_text())["tokenizer"]["chars"] == list(
-        "abc"
-    )
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "u8", "utf-16", "utf-16-le", "UTF-16BE", "utf-32-le"])
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl.gz"])
+def test_a_bom_is_no_text(tmp_path, monkeypatch, encoding, suffix):
+    """However the encoding is spelled, and whether or not it writes one by itself."""
+    monkeypatch.chdir(tmp_path)
+    text = {".txt": "abc", ".json": '[{"text": "abc"}]'}.get(suffix, '{"text": "abc"}')
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    opener = gzip.open if suffix.endswith(".gz") else open
+    with opener(f"bom{suffix}", "wb") as file:
+        file.write((mark + text).encode(encoding))
+    args = argparse.Namespace(what=[f"bom{suffix}"], name="bom", tokenizer=None, val_fraction=0.4)
+    args.__dict__ |= {"vocab_size": 4096, "encoding": encoding, "errors": "strict", "text_key": None}
+    prepare.prepare(args)
+    assert json.loads(Path("data/bom/meta.json").read_text())["tokenizer"]["chars"] == list("abc")
 
 
 def test_binary_files_of_a_folder_are_skipped_and_counted(tmp_path):
@@ -315,6 +324,15 @@ def test_binary_files_of_a_folder_are_skipped_and_counted(tmp_path):
     meta = json.loads((tmp_path / "data" / "mixed" / "meta.json").read_text())
     assert [Path(source["path"]).name for source in meta["sources"]] == ["a.txt", "b.MD"]
     assert meta["sources"][0]["sha256"] == prepare.file_sha256(tmp_path / "mixed" / "a.txt")
+
+
+def test_prepared_datasets_in_a_folder_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    for _ in range(2):
+        done = run("prepare.py", ".", "--name=it", cwd=tmp_path)
+    assert "1 files are not text" in done.stdout and "data/it" in done.stdout
+    assert len(json.loads((tmp_path / "data" / "it" / "meta.json").read_text())["sources"]) == 1
+    assert "empty" in refused("prepare.py", "", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import re
+import socketserver
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +275,37 @@ def test_download_refuses(tmp_path, server, no_mirror, path, sha256, message):
         prepare.download(f"{server}/{path}", tmp_path / "file", sha256)
     assert f"{server}/{path}" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"204 No Content\r\n",
+        b"202 Accepted\r\nContent-Length: 4\r\n",
+        b"304 Not Modified\r\n",
+        b"302 Found\r\nContent-Length: 4\r\n",
+        b"302 Found\r\nLocation: http://[::1\r\nContent-Length: 4\r\n",
+        b"206 Partial Content\r\nContent-Range: bytes 9-12/13\r\nContent-Length: 4\r\n",
+        b"200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n",
+    ],
+    ids=lambda answer: answer[:40].decode().split("\r")[0],
+)
+def test_answers_that_are_no_file_are_refused(tmp_path, no_mirror, answer):
+    """Statuses other than that of a file, and headers that are no numbers or addresses."""
+
+    class Odd(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(b"HTTP/1.1 " + answer + b"Connection: close\r\n\r\nbody")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        (tmp_path / "file.part").write_bytes(b"half a file")
+        with pytest.raises(prepare.UserError, match="cannot download"):
+            prepare.download(f"http://127.0.0.1:{httpd.server_address[1]}/file", tmp_path / "file")
+        httpd.shutdown()
+    assert not (tmp_path / "file").exists()
 
 
 def test_no_network_names_the_ways_out(tmp_path, no_mirror):
