@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import traceback
-import types
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -47,7 +46,8 @@ def configure(settings: dict, argv: list | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     known = read_settings(settings)
     if "--help" in argv or "-h" in argv:
-        print_help(settings, known)
+        # in one piece, because its reader may be head, which closes the pipe early
+        sys.stdout.write(help_text(settings, known))
         sys.exit()
     given = {}
     try:
@@ -93,15 +93,15 @@ def read_settings(settings: dict) -> dict:
     return known
 
 
-def print_help(settings, known):
-    """Print the script's docstring, and each setting with its default, comment and choices."""
-    print(settings["__doc__"] or "")  # python -OO has none
-    print("Settings, each with its default:")
+def help_text(settings, known):
+    """The script's docstring, and a line for each setting with its default, comment and choices."""
+    lines = [settings["__doc__"] or "", "Settings, each with its default:"]  # python -OO has no docstring
     for key, (kind, comment) in known.items():
         if get_origin(kind) is Literal:
             comment += f" [{', '.join(map(str, get_args(kind)))}]"
         flag = f"--{key}={settings[key]!r}"
-        print(f"  {flag:38} {comment}".rstrip())
+        lines.append(f"  {flag:38} {comment}".rstrip())
+    return "\n".join([*lines, ""])
 
 
 def run_config_file(path, known):
@@ -122,12 +122,13 @@ def run_config_file(path, known):
     given = {}
     try:
         for key, value in namespace.items():
-            # a helper's name begins with _; imports, functions and classes are no settings
-            helper = key.startswith("_") or callable(value) or isinstance(value, types.ModuleType)
+            # a helper's name begins with _; imports, functions and classes, which have names, are none either
+            helper = key.startswith("_") or (hasattr(value, "__name__") and key not in known)
             if not helper:
                 given |= override(key, value, known)
-        if not given:
-            raise UserError("it sets nothing; settings are written name = value")
+        # of name: value, Python keeps only an annotation
+        if not given or namespace.get("__annotations__", {}).keys() - namespace.keys():
+            raise UserError("a line of it sets nothing; settings are written name = value")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return given

@@ -1,6 +1,8 @@
 """Settings: files, flags, types, and one clear line for each mistake."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import REPO, run
@@ -102,6 +104,9 @@ def test_file_then_flags(tmp_path):
         ("block = 16", ["block", "a helper's name begins with _"]),
         ("from math import sqrt\n\ndef schedule(step): pass", ["config.py", "sets nothing"]),
         ("max_iters: 3", ["sets nothing", "name = value"]),
+        ("out_dir = 'x'\nmax_iters: 3", ["sets nothing", "name = value"]),
+        ("max_iters = lambda: 3", ["max_iters", "int"]),
+        ("def max_iters(): pass", ["max_iters", "int"]),
         ("import json\njson.loads('{')", ["config.py", "line 2", "JSONDecodeError"]),
         ("out_dir = ''", ["out_dir", "a path"]),
         ("out_dir = 'x'\nmax_iters = missing", ["config.py", "line 2", "NameError"]),
@@ -160,6 +165,13 @@ def test_help_lists_settings_without_torch(tmp_path, script):
     bare = [line for line in done.stdout.splitlines() if re.fullmatch(r"  --\w+=\S+", line)]
     assert not bare, bare  # each has a comment, which a setting of several lines would lose
     assert "torch" not in done.stderr and "numpy" not in done.stderr
+
+
+def test_help_can_be_read_by_head(tmp_path):
+    """Whose end closes the pipe while most is still to come."""
+    command = f"set -o pipefail; {sys.executable} {REPO / 'train.py'} --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("Train a GPT")
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (REPO / "config").glob("*.py")))
