@@ -257,17 +257,25 @@ def print0(line):
         say(line, sys.stdout)
 
 
+def print_sample(model, tokenizer, prompt, device):
+    """Print the prompt, token IDs, and 100 tokens after it, the same in each run."""
+    torch.manual_seed(seed)  # each step sets its own seed, so training does not notice
+    idx = torch.tensor([prompt], device=device)  # (1, T)
+    idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
+    print0(tokenizer.decode(idx[0].tolist()))
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 
 def save_or_warn(path, state):
     """Write a checkpoint; returns whether that worked. Training goes on, because space may become free."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     try:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
         write_file(path, buffer.getbuffer())
-    except OSError as error:
-        warn(f"{path} not written, what was there stays: {error.strerror}")
+    except (OSError, MemoryError, RuntimeError) as error:  # the last is torch.save's for a lack of memory
+        warn(f"{path} not written, what was there stays: {error}")
         return False
     return True
 
@@ -292,12 +300,13 @@ class Metrics:
             with suppress(Exception):  # a kill may have cut a line short
                 line = json.loads(text)
                 np.array([*line.values()], float)  # fails if a value is not a number
-                # an evaluation at that very step stays too, unless it will be made again
-                if 0 <= line["step"] < step + ("val_loss" in line and step % eval_interval > 0):
+                # an evaluation at that very step stays too
+                if 0 <= line["step"] < step + ("val_loss" in line):
                     self.lines.append(line)
 
     def write_all(self):
-        """Raises OSError."""
+        """Write all lines; an evaluation that was made again replaces the earlier one. Raises OSError."""
+        self.lines = [*{(line["step"], "val_loss" in line): line for line in self.lines}.values()]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
     def log(self, **line):
@@ -385,7 +394,7 @@ def check_settings(given):
     """All settings of the run, {name: value}. Raises UserError if they cannot work."""
     config = {name: globals()[name] for name in SETTINGS}
     for name, value in config.items():
-        least, limit = int(name in AT_LEAST_1), BELOW.get(name, math.inf)
+        least, limit = int(name in AT_LEAST_1), BELOW.get(name, 1e300)
         if isinstance(value, int | float) and not least <= value < limit:
             raise UserError(f"{name} must be at least {least} and less than {limit}, not {value}")
     if "max_iters" in given and max_epochs:
@@ -541,10 +550,19 @@ def loss_to_beat(path, measured_by):
     if path.exists():
         best = load_checkpoint(path)
         if best.get("measured_by") == measured_by:
-            return best["best_val_loss"]
+            return best.get("best_val_loss", math.inf)
         if not eval_only:
             warn("best.pt was measured on other data or in another way, so the next evaluation replaces it")
     return math.inf
+
+
+def check_unchanged(run, resume, step):
+    """Raises UserError if another process has saved in the folder of the run since load_start looked."""
+    changed = any(run.glob("*.pt"))
+    if resume:
+        changed = load_checkpoint(run / "ckpt.pt")["step"] != step
+    if changed:
+        raise UserError(f"another process has worked on {run} in the meantime: start again")
 
 
 def main(given):
@@ -577,8 +595,10 @@ def main(given):
     optimizers = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), for_muon)
     measured_by = [meta, eval_iters, batch_size, dtype]  # losses compare only if these are the same
     step, tokens, seconds, best_val_loss, waited = 0, 0, 0.0, math.inf, 0
+    last_evaluation = 0  # its step
     if resume:
         old_meta, step, tokens, seconds = restore(optimizers, scaler, checkpoint)
+        last_evaluation = checkpoint.get("last_evaluation", step)
         waited = checkpoint.get("evaluations_since_best", 0)
         if old_meta != meta:
             warn("the dataset has changed since the run began: it goes on with other data")
@@ -609,8 +629,7 @@ def main(given):
     metrics = None
     if not (rank or eval_only):
         metrics = Metrics(run, step)
-        if resume and load_checkpoint(run / "ckpt.pt")["step"] != step:
-            raise UserError("another process has continued this run in the meantime: start again")
+        check_unchanged(run, resume, step)
         metrics.write_all()  # a run that cannot write ends here
     for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP (not on Windows), SIGINT and SIGTERM
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -629,7 +648,7 @@ def main(given):
 
     # -- the loop: evaluate, save, step, log
     stopping, saved = False, True  # saved: False if the last checkpoint could not be written
-    first_step, logged_tokens, logged_seconds = step, tokens, seconds
+    logged_tokens, logged_seconds = tokens, seconds
     flops_per_token = model.flops_per_token()
     while True:
         # evaluate: at the start, every eval_interval steps and at the end, always on the same windows
@@ -655,12 +674,11 @@ def main(given):
             improved = val_loss < best_val_loss
             if improved:
                 best_val_loss, waited = val_loss, 0
-            elif step > first_step:  # a resumed run has already counted this one
+            elif step > last_evaluation:  # otherwise it was counted before the run was resumed
                 waited += 1
+            last_evaluation = step
             if patience and waited >= patience:
-                print0(
-                    f"no better validation loss for {waited} evaluations, which ends the run ({patience=})"
-                )
+                print0(f"no better validation loss for {waited} evaluations: the run ends ({patience=})")
                 ends = True
             if metrics:
                 metrics.log(
@@ -672,11 +690,8 @@ def main(given):
                     seconds=seconds,
                 )
                 metrics.plot()
-            if prompt:  # continue it; each step sets its own seed, so training does not notice
-                torch.manual_seed(seed)
-                idx = torch.tensor([prompt], device=use_device)  # (1, T)
-                idx = model.generate(idx, 100, 0.8, vocab_size=tokenizer.vocab_size)
-                print0(tokenizer.decode(idx[0].tolist()))
+            if prompt:
+                print_sample(model, tokenizer, prompt, use_device)
             compiled.train()
 
         # save, but never weights that are not finite
@@ -693,17 +708,20 @@ def main(given):
                     "seconds": seconds,
                     "best_val_loss": best_val_loss,
                     "evaluations_since_best": waited,
+                    "last_evaluation": last_evaluation,
                     "measured_by": measured_by,
                 }
-                if improved:  # best.pt needs no optimizer
-                    save_or_warn(run / "best.pt", state)
-                state["optimizer"] = [opt.state_dict() for opt in optimizers]
-                state["scaler"] = scaler.state_dict()
+                more = {"optimizer": [opt.state_dict() for opt in optimizers], "scaler": scaler.state_dict()}
                 if stopping:
                     metrics.plot()  # otherwise the evaluation has done so
-                saved = save_or_warn(run / "ckpt.pt", state)
+                # in this order: a resumed run repeats an evaluation whose best.pt a kill has prevented
+                saved = save_or_warn(run / "ckpt.pt", state | more)
+                if improved and not save_or_warn(run / "best.pt", state):
+                    saved = False
+                    if world_size == 1:  # try again as soon as a loss is below that of the file
+                        best_val_loss = loss_to_beat(run / "best.pt", measured_by)
         if ends and not saved:
-            raise UserError("the end of the run is lost, because ckpt.pt could not be written")
+            raise UserError("the end of the run is lost, because ckpt.pt or best.pt could not be written")
         if ends:
             break
 

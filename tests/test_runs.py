@@ -146,6 +146,61 @@ def test_a_signal_saves_though_nobody_reads(workdir):
     assert process.returncode == 0 and torch.load(folder / "ckpt.pt", weights_only=True)["step"] >= 8
 
 
+def test_patience_counts_each_evaluation_once_though_signals_come_before_them(workdir):
+    """A stop at a step that is due for an evaluation leaves it to the resumed run, which counts it."""
+    args = [*TINY, "--learning_rate=0", "--eval_interval=1", "--patience=12", "--max_iters=1000"]
+    folder = workdir / "out" / "patient"
+    for at in (2, 5):
+        resume = ["--init_from=auto", f"--out_dir={folder}"]
+        with start(sys.executable, REPO / "train.py", *args, *resume, cwd=workdir) as process:
+            read_until(process, f"iter {at}:")
+            process.terminate()
+            process.wait(timeout=60)
+    done = run("train.py", *args, *resume, cwd=workdir)
+    assert "no better validation loss for 12 evaluations" in done.stdout
+    assert list(metrics(folder, "val_loss")) == list(range(13))
+
+
+def test_a_kill_between_the_two_checkpoints_costs_nothing(workdir):
+    """ckpt.pt is there and best.pt is not: the resumed run evaluates again, and writes it."""
+    args = [*RESUMED, "--max_iters=40", "--out_dir=out/between"]
+    run("train.py", *args, cwd=workdir)
+    folder = workdir / "out" / "between"
+    best, lines = torch.load(folder / "best.pt", weights_only=True), (folder / "metrics.jsonl").read_text()
+    (folder / "best.pt").unlink()
+    run("train.py", *args, "--init_from=auto", cwd=workdir)
+    again = torch.load(folder / "best.pt", weights_only=True)
+    assert all(torch.equal(tensor, again["model"][name]) for name, tensor in best["model"].items())
+    assert (folder / "metrics.jsonl").read_text() == lines  # not the same evaluation twice
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "auto", "resume"])
+def test_a_run_that_another_process_made_meanwhile_is_not_overwritten(workdir, tmp_path, init_from):
+    """Between a look into the folder and its lock, a slow process may stand still for minutes."""
+    out = workdir / "out" / f"meanwhile_{init_from}"
+    args = [*TINY, "--max_iters=3", f"--out_dir={out}"]
+    if init_from == "resume":
+        run("train.py", *args, cwd=workdir)
+    (tmp_path / "slow.py").write_text(
+        f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(REPO)!r})\nimport prepare\n"
+        "load = prepare.load_dataset\n"
+        "def slow(*args):\n"
+        "    print('looks', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    return load(*args)\n"
+        "prepare.load_dataset = slow\n"
+        f"sys.argv[0] = {str(REPO / 'train.py')!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, tmp_path / "slow.py", *args, f"--init_from={init_from}", "--max_iters=9"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=workdir, **pipes) as process:
+        assert process.stdout.readline() == "looks\n"
+        run("train.py", *args, "--max_iters=5", "--init_from=auto", cwd=workdir)
+        before = (out / "ckpt.pt").read_bytes()
+        _, err = process.communicate("go\n", timeout=60)
+    assert process.returncode == 1 and "another process" in err and (out / "ckpt.pt").read_bytes() == before
+
+
 def test_a_second_signal_exits_at_once(workdir):
     args = [*TINY, "--gradient_accumulation_steps=100000", "--max_iters=2", "--out_dir=out/second"]
     with start(sys.executable, REPO / "train.py", *args, cwd=workdir) as process:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import model as model_file
 import prepare
 import train
-from model import GPT, GPTConfig, Muon
+from model import GPT, GPTConfig, Muon, load_checkpoint
 
 TINY = TINY.split()
 
@@ -343,6 +343,18 @@ def test_half_precision_compiled_and_constant(workdir):
         losses[name] = metrics(workdir / "out" / name, "val_loss")[20]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
     assert losses["compiled"] == pytest.approx(losses["float32"], rel=1e-4)
+
+
+def test_best_weights_that_could_not_be_written_are_written_later(workdir):
+    """A folder where the new file begins stands for a disk that is full for a while."""
+    folder = workdir / "out" / "later"
+    (folder / "best.pt.partial").mkdir(parents=True)
+    done = run("train.py", *TINY, "--max_iters=2", f"--out_dir={folder}", cwd=workdir, check=False)
+    assert done.returncode == 1 and "best.pt could not be written" in done.stderr
+    (folder / "best.pt.partial").rmdir()
+    run("train.py", "--init_from=resume", f"--out_dir={folder}", cwd=workdir)
+    best, latest = (load_checkpoint(folder / name) for name in ("best.pt", "ckpt.pt"))
+    assert best["best_val_loss"] == latest["best_val_loss"] == metrics(folder, "val_loss")[2]
 
 
 def test_full_disk_keeps_the_old_checkpoint_and_trains_on(workdir):
