@@ -76,7 +76,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():  # a file may hold values of any type
-            if not isinstance(value, GPTConfig.__annotations__[name] | int):
+            kind = GPTConfig.__annotations__[name]
+            # a whole number may stand for another, but True, which Python counts among them, may not
+            if not isinstance(value, kind | int) or (isinstance(value, bool) and kind in (int, float)):
                 raise ModelError(f"{name} cannot be {value!r:.40}")
             if value not in FIELD_CHOICES.get(name, [value]):
                 raise ModelError(f"{name}={value!r} is none of {', '.join(FIELD_CHOICES[name])}")
@@ -212,11 +214,11 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        x = self.activation(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
+        x = ACTIVATIONS[self.activation](self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
         return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
 
 
@@ -403,8 +405,10 @@ class GPT(nn.Module):
         Raises ModelError if an argument makes no sense.
         """
         block_size = self.config.block_size
-        if not (idx.dim() == 2 and idx.numel() and idx.dtype == torch.int64 and 1 <= slide <= block_size):
-            raise ModelError("generation needs a prompt (B, T) of int64 and a slide from 1 to block_size")
+        if not (idx.dim() == 2 and idx.numel() and idx.dtype == torch.int64):
+            raise ModelError("generation needs a prompt (B, T) of int64")
+        if not 1 <= slide <= block_size or value_or(vocab_size, 1) < 1:
+            raise ModelError("slide must be from 1 to block_size, and vocab_size at least 1")
         # a compiled step is compiled for one S, the largest
         cache_size = block_size if self.compiled_step else min(block_size, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
@@ -482,8 +486,11 @@ class GPT(nn.Module):
                     name = f"transformer.{name}"
                 if name == "transformer.wpe.weight":
                     tensor = tensor[: config.block_size]  # a shorter context drops the last positions
-                if not name.endswith((".attn.bias", ".attn.masked_bias")):  # these are masks, not weights
-                    weights[name] = tensor
+                if name.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue  # these are masks, not weights
+                if not tensor.is_floating_point():
+                    raise ModelError(f"{name} is of {tensor.dtype}")
+                weights[name] = tensor
             if config.tie_weights:
                 # one Parameter under both names stays one in load_state_dict
                 wte = weights["transformer.wte.weight"] = nn.Parameter(weights["transformer.wte.weight"])
@@ -616,6 +623,7 @@ CHECKPOINT_FIELDS = {
     "seconds": float,
     "best_val_loss": float,
     "evaluations_since_best": int,
+    "last_evaluation": int,
     "measured_by": list,
     "optimizer": list,
     "scaler": dict,
@@ -634,12 +642,7 @@ def load_checkpoint(path: str) -> dict:
     if not path.is_file():
         raise ModelError(f"{path}: No such file, or not a regular file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch's files are not compressed: a compressed one could fill the memory
-            if any(file.compress_type for file in archive.filelist):
-                raise zipfile.BadZipFile
-        # with mmap, tensors stay on the disk until they are used
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = load_tensors(path)
     except Exception:  # a damaged zip or a forbidden pickle can raise any type of error
         raise ModelError(
             f"{path} is damaged, cannot be read, or holds more than tensors and plain data"
@@ -655,13 +658,32 @@ def load_checkpoint(path: str) -> dict:
             value = checkpoint.get(name, kind())
             if not isinstance(value, kind) or (kind in (int, float) and not value >= 0):
                 raise TypeError(f"its {name} is {value!r:.40}")
-        # a small file can claim huge tensors that overlap; only tied weights may be counted twice
-        if sum(tensor.nbytes for tensor in checkpoint["model"].values()) > 2 * path.stat().st_size:
-            raise TypeError("its tensors are larger than the file")
+        json.dumps(
+            [checkpoint.get(name) for name in ("config", "meta", "measured_by")]
+        )  # raises for a tensor
+        check_sizes(checkpoint["model"], path)
         checkpoint["model_args"] = asdict(GPTConfig(**checkpoint["model_args"]))
     except Exception as error:
         raise ModelError(f"{path} is not the checkpoint of a GPT, or damaged: {error}") from None
     return checkpoint
+
+
+def load_tensors(path):
+    """What torch.save has written, if it is only tensors and plain data. Raises any type of error."""
+    is_zip = zipfile.is_zipfile(path)  # all but very old files are
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch's files are not compressed: a compressed one could fill the memory
+            if any(file.compress_type for file in archive.filelist):
+                raise zipfile.BadZipFile("compressed")
+    # with mmap, tensors stay on the disk until they are used
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def check_sizes(tensors, path):
+    """Raises TypeError if a small file claims huge tensors that overlap; tied weights may count twice."""
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * path.stat().st_size:
+        raise TypeError("its tensors are larger than the file")
 
 
 # {our name: Hugging Face's name} of GPTConfig's fields. Dropouts are left out: they belong to a run, not to
@@ -713,6 +735,9 @@ def load_hugging_face(folder):
     from safetensors.torch import load_file
 
     try:
+        for path in folder.iterdir():
+            if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe could wait for ever
+                raise ModelError(f"{path.name} is no file")
         settings = HF_DEFAULTS | json.loads((folder / "config.json").read_bytes())
         for name, values in (HF_SUPPORTED | {"n_inner": [None, 4 * settings["n_embd"]]}).items():
             if name in settings and settings[name] not in values:
@@ -721,10 +746,9 @@ def load_hugging_face(folder):
         args["activation"] = HF_ACTIVATIONS[args["activation"]]
         tensors = {}
         for path in weight_files(folder):
-            if path.suffix == ".bin":
-                tensors |= torch.load(path, map_location="cpu", weights_only=True)
-            else:
-                tensors |= load_file(path)
+            found = load_tensors(path) if path.suffix == ".bin" else load_file(path)
+            check_sizes(found, path)
+            tensors |= found
         weights = {name: transposed(name, tensor) for name, tensor in tensors.items()}
         return {"model": weights, "model_args": asdict(GPTConfig(**args))}
     except Exception as error:  # safetensors and pickle have their own types of errors
@@ -755,7 +779,7 @@ def pick_device(device):
         return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.zeros(1, device=device).item()
-    except (AssertionError, RuntimeError):
+    except (AssertionError, ImportError, RuntimeError):
         raise ModelError(f"device={device} is not available (CUDA needs a GPU); use --device=cpu") from None
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # otherwise libraries take memory of the first GPU too

@@ -37,6 +37,8 @@ if __name__ == "__main__":
 
 import base64
 import json
+import os
+import shutil
 import sys
 import time
 import zlib
@@ -56,14 +58,17 @@ from model import (
 )
 from prepare import (
     CHAT_TEMPLATE,
+    END_OF_TEXT,
     TextFiles,
     as_hugging_face,
     clean,
     give_up,
     read_json,
     render,
+    say,
     speak_utf8,
     tokenizer_of,
+    user_error,
     visible,
     weights_path,
     write_file,
@@ -82,7 +87,7 @@ def show(text):
 
 def note(text, end="\n"):
     """Print anything else on standard error, so that standard output holds nothing but generated text."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    say(str(text), sys.stderr, end)
 
 
 # -- what is read --------------------------------------------------------------------------------------------
@@ -116,7 +121,7 @@ def read_prompts():
     if not start.startswith(("FILE:", "LINES:")):
         return [start]
     kind, name = start.split(":", 1)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_file():  # reading a pipe could wait for ever
         raise UserError(f"{path}: there is no such file")
     text = "".join(TextFiles([]).read_text(path))  # checked like the text of a corpus
@@ -145,7 +150,7 @@ def first_token(tokenizer):
     if tokenizer.end_of_text is not None:
         return tokenizer.end_of_text
     try:
-        return tokenizer.encode("\n")[0]
+        return (tokenizer.encode("\n") or [0])[0]
     except UserError:  # no newline in the vocabulary
         return 0
 
@@ -229,6 +234,8 @@ def generate(model, tokenizer, samples, shows):
     )
     for tokens in steps:  # each (B, 1)
         new = tokens.flatten().tolist()
+        if max(new) >= tokenizer.vocab_size:  # what draw returns where probabilities are NaN
+            raise UserError("the model's numbers overflow in this precision; try --dtype=float32")
         pieces = [sample.push(token) for sample, token in zip(samples, new, strict=True)]
         if shows:
             show(pieces[0])
@@ -297,7 +304,9 @@ def answer(model, tokenizer, messages):
             break  # otherwise drop the oldest question and answer: half of the context is for the new answer
     sample = Sample(tokenizer, "", crop(model, ids), seed)
     generate(model, tokenizer, [sample], shows=True)
-    return [*messages[oldest:], {"role": "assistant", "content": sample.text}]
+    # what no message may hold, although a model can write it
+    text = sample.text.replace("\0", "").replace(END_OF_TEXT, "")
+    return [*messages[oldest:], {"role": "assistant", "content": text}]
 
 
 # -- a look inside -------------------------------------------------------------------------------------------
@@ -370,7 +379,7 @@ def write_page(model, tokenizer, source, sample):
     text = json.dumps(data).replace("<", "\\u003c")  # so that no text can end the page's script
     template = Path(__file__).with_name("assets") / "look.html"
     html = template.read_text(encoding="utf-8").replace("PAGE_DATA", text)
-    write_file(Path(page).expanduser(), html.encode())
+    write_file(Path(os.path.expanduser(page)), html.encode())
     note(f"{page}: open it in a browser")
 
 
@@ -430,11 +439,8 @@ def optimize_for_generation(model, compiled):
         model.compiled_step = step
 
 
-def export_folder(checkpoint, tokenizer):
+def export_folder(checkpoint, tokenizer, folder):
     """Write a Hugging Face folder with model and tokenizer. Raises ModelError or UserError."""
-    folder = Path(export).expanduser()
-    if folder.exists():
-        raise UserError(f"{folder} is there already; --export wants a new folder")
     hf_tokenizer = as_hugging_face(tokenizer)
     model = GPT.from_checkpoint(checkpoint)
     # leave out the IDs that only pad the vocabulary, because transformers would sample them
@@ -460,6 +466,20 @@ def export_folder(checkpoint, tokenizer):
         about["chat_template"] = CHAT_TEMPLATE
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+
+
+def export_whole(checkpoint, tokenizer):
+    """Export, so that the folder is there complete or not at all. Raises ModelError or UserError."""
+    folder = Path(os.path.expanduser(export))
+    if folder.exists():
+        raise UserError(f"{folder} is there already; --export wants a new folder")
+    partial = Path(f"{folder}.partial")
+    try:
+        with user_error(f"{folder} cannot be written"):  # safetensors and tokenizers have their own errors
+            export_folder(checkpoint, tokenizer, partial)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     note(f"{folder} is ready for transformers")
 
 
@@ -482,8 +502,11 @@ def check_settings(tokenizer, block_size):
         )
     if chat and tokenizer.end_of_text is None:
         raise UserError("--chat=True needs a vocabulary with end-of-text, by which an answer ends")
-    # a word tokenizer puts spaces between words, although it has no ID for a space
-    lost = set(stop) - set(tokenizer.decode(tokenizer.encode(stop))) - {" "}
+    # all that the entries of the vocabulary can write, or that some of them write together
+    possible = tokenizer.decode([*range(tokenizer.vocab_size)]) + tokenizer.decode(
+        tokenizer.encode(clean(stop))
+    )
+    lost = set(stop) - set(possible)
     if lost:
         raise UserError(f"--stop={stop!r} never comes: this vocabulary cannot write {min(lost)!r}")
 
@@ -499,7 +522,7 @@ def main():
         raise UserError(f"{path}: its tokenizer has more IDs than the model, so they do not belong together")
     check_settings(tokenizer, model_args["block_size"])
     if export:
-        return export_folder(checkpoint, tokenizer)
+        return export_whole(checkpoint, tokenizer)
     model = GPT.from_checkpoint(checkpoint)
     model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
     optimize_for_generation(model, compile is True)
@@ -527,4 +550,5 @@ if __name__ == "__main__":
     except (MemoryError, ModelError, OSError, UserError, torch.OutOfMemoryError) as error:
         give_up(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has had enough
-            sys.exit(f"sample.py: {str(error) or 'out of memory'}")
+            note(f"sample.py: {str(error) or 'out of memory'}")
+            sys.exit(1)

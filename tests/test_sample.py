@@ -2,6 +2,7 @@
 
 import base64
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 import sample
 from model import GPT, GPTConfig, load_checkpoint, rope_angles, rotate
-from prepare import CharTokenizer, WordTokenizer, load_tokenizer
+from prepare import BPETokenizer, CharTokenizer, WordTokenizer, load_tokenizer
 from sample import Sample
 
 ARGS = ["--out_dir=out/trained", "--max_new_tokens=60", "--device=cpu"]
@@ -275,6 +276,41 @@ def test_mistakes_end_in_one_line(trained, workdir, args, words):
     (workdir / "prompt.txt").write_text("The for statement")
     line = refused("sample.py", "--out_dir=out/trained", *args, cwd=workdir)
     assert all(word in line for word in words), line
+
+
+def test_numbers_that_overflow_are_said(monkeypatch):
+    """NaN as a probability: no token is drawn, and none is made up."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=8)).eval()
+    model.transformer.wte.weight.data.fill_(float("nan"))
+    tokenizer = CharTokenizer(list("abc"))
+    with pytest.raises(sample.UserError, match="float32"):
+        sample.generate(model, tokenizer, [Sample(tokenizer, "a", [0], 0)], shows=False)
+
+
+def test_the_first_token_where_a_newline_is_nothing():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert sample.first_token(BPETokenizer(json.loads(words.to_str()))) == 0
+
+
+@pytest.mark.parametrize("text, lost", [("jum", False), ("s over", False), ("j!", True)])
+def test_a_part_of_a_word_may_be_the_stop(monkeypatch, text, lost):
+    monkeypatch.setattr(sample, "stop", text)
+    tokenizer = WordTokenizer.from_entries({"jumps", "over"})
+    if lost:
+        with pytest.raises(sample.UserError, match="never comes"):
+            sample.check_settings(tokenizer, 16)
+    else:
+        sample.check_settings(tokenizer, 16)
+
+
+def test_a_model_can_be_pickled():
+    """For processes that are spawned, and torch.save(model) of those who copy model.py."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=8)).eval()
+    idx = torch.zeros(1, 4, dtype=torch.int64)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(idx)[0], model(idx)[0])
 
 
 class ByteTokenizer:

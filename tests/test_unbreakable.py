@@ -16,7 +16,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import CONTENT, REPO, TINY, metrics, refused, run, run_limited
+from conftest import CONTENT, REPO, TINY, metrics, refused, run, run_limited, run_on_a_full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -413,6 +413,58 @@ def test_a_hugging_face_config_that_makes_no_sense_is_one_line(tmp_path, config)
 
 
 # -- links, locks, signals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", "vocab.json"])
+def test_a_pipe_in_a_hugging_face_folder_is_refused(tmp_path, name):
+    GPT(GPTConfig(16, 60, 1, 2, 32)).save_pretrained(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelError, match="is no file"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "compressed"])
+def test_a_pytorch_model_bin_that_says_more_than_it_holds(tmp_path, kind):
+    model = GPT(GPTConfig(16, 60, 1, 2, 32))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights, path = model.state_dict(), tmp_path / "pytorch_model.bin"
+    if kind == "expanded":
+        weights["more"] = torch.zeros(1).expand(10**6)
+    torch.save(weights, path)
+    if kind == "compressed":
+        with (
+            zipfile.ZipFile(path) as old,
+            zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as new,
+        ):
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        (tmp_path / "new").replace(path)
+    with pytest.raises(ModelError, match="larger than the file|compressed"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["n_layer", "vocab_size", "dropout"])
+def test_true_is_no_number(field):
+    with pytest.raises(ModelError, match=field):
+        GPTConfig(**{field: True})
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(saved, kind):
+    weights = {name: tensor.to(kind) for name, tensor in saved["model"].items()}
+    with pytest.raises(ModelError, match="is of torch"):
+        GPT.from_checkpoint(saved | {"model": weights})
+
+
+def test_a_full_disk_leaves_no_half_an_export(trained, tmp_path):
+    args = ["sample.py", f"--out_dir={trained}", "--device=cpu", f"--export={tmp_path / 'hf'}"]
+    done = run_on_a_full_disk(20_000, *args, cwd=tmp_path)
+    assert done.returncode and "Traceback" not in done.stderr and "hf cannot be written" in done.stderr
+    assert not list(tmp_path.iterdir())
+    run(*args, cwd=tmp_path)
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
 
 
 def test_nothing_is_written_through_a_link(workdir, tmp_path):
