@@ -12,6 +12,21 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
+def test_what_is_to_be_read_is_there():
+    """Each function and class that the reading order names, in the script that it names last before."""
+    order = README.split("## How to read it")[1].split("\n## ")[0]
+    script = None
+    found = 0
+    for name in re.findall(r"`([\w./]+)`", order):
+        if name.endswith(".py"):
+            script = REPO / name
+        else:
+            last = name.split(".")[-1]
+            assert re.search(rf"^ *(def|class) {last}\b", script.read_text(encoding="utf-8"), re.M), name
+            found += 1
+    assert found > 15
+
+
 def test_five_changes_and_a_program(tmp_path):
     """All of them together, in a copy of the scripts."""
     for name in SCRIPTS | {"model.py", "configurator.py"}:
