@@ -12,7 +12,6 @@ import math
 import os
 import re
 import sys
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -36,7 +35,7 @@ class UserError(ValueError):
     """A mistake of the user: one line that says what is wrong and what to do."""
 
 
-def configure(settings: dict, argv: list | None = None) -> dict:
+def configure(settings, argv=None):
     """Override a script's settings in place with a config file and flags.
 
     settings: the script's globals(), whose first variables are its settings
@@ -77,7 +76,7 @@ def read_flag(flag, known):
 SETTING = re.compile(r"([a-z]\w*)(?:: (.+?))? = .*?(?:  # (.*))?")
 
 
-def read_settings(settings: dict) -> dict:
+def read_settings(settings):
     """{name: (type, comment)} of a script's settings, in the order of its source.
 
     Settings are the lines above `if __name__` that match SETTING, so each must stand on one line.
@@ -112,8 +111,8 @@ def run_config_file(path, known):
     except OSError as error:
         raise UserError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
     except Exception as error:  # a config file is a program and can raise any error
-        frames = traceback.extract_tb(error.__traceback__)  # first this file's, then the config file's
-        line = frames[1].lineno if len(frames) > 1 else getattr(error, "lineno", None)
+        # the frame after this one is the config file's; there is none if it could not be compiled
+        line = getattr(error.__traceback__.tb_next, "tb_lineno", getattr(error, "lineno", None))
         raise UserError(f"{path}, line {line}: {error!r}") from None
     unused = sorted(namespace.keys() & UNUSED)
     if unused:
@@ -123,8 +122,7 @@ def run_config_file(path, known):
     try:
         for key, value in namespace.items():
             # a helper's name begins with _; imports, functions and classes, which have names, are none either
-            helper = key.startswith("_") or (hasattr(value, "__name__") and key not in known)
-            if not helper:
+            if key in known or not (key.startswith("_") or hasattr(value, "__name__")):
                 given |= override(key, value, known)
         # of name: value, Python keeps only an annotation
         if not given or namespace.get("__annotations__", {}).keys() - namespace.keys():
@@ -145,7 +143,7 @@ def override(key, value, known, is_text=False):
     if key == "decay_lr":
         return DECAY_LR[convert(key, value, bool, is_text)]
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=3)
+        near = difflib.get_close_matches(key, known)
         hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them all"
         if not is_text:
             hint += " (a helper's name begins with _)"

@@ -311,6 +311,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_entries(cls, entries, several):
+        # Sorted, so that the same characters always get the same IDs.
         return cls(sorted(entries) + [END_OF_TEXT] * several)
 
     def code_points(self, text):
@@ -360,6 +361,7 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def from_entries(cls, entries, several=True):
+        # These two come last, as in the book.
         return cls(sorted(entries - {END_OF_TEXT, UNKNOWN}) + [END_OF_TEXT, UNKNOWN])
 
     def encode(self, text):
@@ -808,6 +810,7 @@ class TextFiles:
     def read_jsonl(self, path):
         """(place, line) of each line that is not blank."""
         with self.open(path) as file:
+            # readline returns "" at the end of the file, and of a line that is too long its beginning.
             for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
                 check_length(line, file, f"line {number}")
                 if line.strip():
@@ -859,7 +862,7 @@ def find_text_files(paths, encoding):
     Hidden names, which begin with a dot, are passed over. Raises UserError if a path does not exist.
     """
     found = {}  # {resolved path: path}: two links may lead to the same file
-    left_out = []
+    left_out = []  # what in the folders is not read
     for path in map(Path, paths):
         if path.is_file():
             found[path.resolve()] = path  # the user says that it is text
@@ -967,7 +970,7 @@ def batches(texts):
             yield batch
             batch = []
             size = 0
-    yield batch
+    yield batch  # the rest
 
 
 def encode_batches(batches, tokenizer):
@@ -1056,7 +1059,10 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
         if check_ids and data.max() >= vocab_size:  # a GPU would crash without a reason
-            raise UserError(f"{path} has the ID {data.max()}, which is beyond the vocabulary")
+            raise UserError(
+                f"{path} has the ID {data.max()}, which is beyond the vocabulary of {vocab_size}: it is damaged, "
+                "or was not made for these weights"
+            )
         splits.append(data)
     return *splits, meta, tokenizer
 
@@ -1194,7 +1200,7 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4
     # First reading: a tokenizer may need all characters, and the split the number of documents or characters.
     count = 0
     characters = 0
-    entries = set()
+    entries = set()  # of the whole text
     masked = False
     for document in tqdm(documents, "documents", disable=None):  # None: a bar only on a terminal
         count += 1
@@ -1244,7 +1250,7 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4
 def prepare_fineweb(name, shards):
     """Write the first shards of FineWeb and one to validate, 100M GPT-2 IDs each. Raises UserError."""
     sources = []
-    ids = []
+    ids = []  # of each shard: split, no text, token IDs
     for i in [*range(1, shards + 1), 0]:
         split = "train" if i else "val"
         url = FINEWEB_URL.format(split, i)
@@ -1277,6 +1283,7 @@ def prepare_gpt2(name, size):
     for file in GPT2_FILES.split():
         url = f"{GPT2_URL}/{size}/{file}"
         path = cached(url)
+        # What was converted can be told later, although these files are deleted.
         sources.append({"url": url, "sha256": file_sha256(path)})
     # TensorFlow needs all files of a checkpoint in one folder, as OpenAI has them.
     weights, model_args = read_gpt2(path.parent)
@@ -1380,7 +1387,7 @@ def lock(folder, wait=False):
             raise UserError(f"another process is at work in {folder}: wait, or choose another") from None
         yield
     finally:
-        os.close(handle)
+        os.close(handle)  # which releases the lock
 
 
 # -- command line --------------------------------------------------------------------------------------------
@@ -1452,6 +1459,7 @@ def interrupt(_number, _frame):
 
 
 def main():
+    # The docstring of this file begins the help.
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1470,7 +1478,7 @@ def main():
     add("--text_key", help="the key of the text in a record; default: text, unless it is a conversation")
     add("--encoding", default="utf-8", help="encoding of the text (%(default)s)")
     add("--errors", choices=["strict", "replace"], default="strict", help="what to do with undecodable bytes")
-    speak_utf8()
+    speak_utf8()  # before --help or a mistake is printed
     signal.signal(signal.SIGINT, interrupt)
     # Every mistake ends here, in one line and an exit status of 1.
     try:

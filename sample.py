@@ -502,13 +502,13 @@ def check_settings(tokenizer, block_size):
         )
     if chat and tokenizer.end_of_text is None:
         raise UserError("--chat=True needs a vocabulary with end-of-text, by which an answer ends")
-    # all that the entries of the vocabulary can write, or that some of them write together
-    possible = tokenizer.decode([*range(tokenizer.vocab_size)]) + tokenizer.decode(
-        tokenizer.encode(clean(stop))
-    )
-    lost = set(stop) - set(possible)
-    if lost:
-        raise UserError(f"--stop={stop!r} never comes: this vocabulary cannot write {min(lost)!r}")
+    if stop:
+        # what the entries of the vocabulary can write, and what some of them write only together
+        ids = [*range(tokenizer.vocab_size)]
+        possible = tokenizer.decode(ids) + tokenizer.decode(tokenizer.encode(clean(stop)))
+        lost = set(stop) - set(possible)
+        if lost:
+            raise UserError(f"--stop={stop!r} never comes: this vocabulary cannot write {min(lost)!r}")
 
 
 def main():
