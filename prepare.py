@@ -1158,7 +1158,8 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
         files = {file: stack.enter_context(open(folder / f"{file}.bin", "wb")) for file in names}
         for split, text, ids in encoded:
             files[split].write(ids)
-            unknown += np.count_nonzero(ids == tokenizer.unknown)
+            if tokenizer.unknown is not None:
+                unknown += np.count_nonzero(ids == tokenizer.unknown)
             counts[f"{split}_tokens"] += len(ids)
             if masked:
                 learned = not isinstance(text, Prompt)
