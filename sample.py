@@ -38,8 +38,8 @@ if __name__ == "__main__":
 import base64
 import json
 import os
-import shutil
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -473,13 +473,11 @@ def export_whole(checkpoint, tokenizer):
     folder = Path(os.path.expanduser(export))
     if folder.exists():
         raise UserError(f"{folder} is there already; --export wants a new folder")
-    partial = Path(f"{folder}.partial")
-    try:
-        with user_error(f"{folder} cannot be written"):  # safetensors and tokenizers have their own errors
-            export_folder(checkpoint, tokenizer, partial)
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with user_error(f"{folder} cannot be written"):  # safetensors and tokenizers have their own errors
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+            export_folder(checkpoint, tokenizer, Path(new, "folder"))
+            Path(new, "folder").rename(folder)
     note(f"{folder} is ready for transformers")
 
 
