@@ -658,9 +658,8 @@ def load_checkpoint(path: str) -> dict:
             value = checkpoint.get(name, kind())
             if not isinstance(value, kind) or (kind in (int, float) and not value >= 0):
                 raise TypeError(f"its {name} is {value!r:.40}")
-        json.dumps(
-            [checkpoint.get(name) for name in ("config", "meta", "measured_by")]
-        )  # raises for a tensor
+        # this raises for a tensor, where only plain data belongs
+        json.dumps([checkpoint.get(name) for name in ("config", "meta", "measured_by")])
         check_sizes(checkpoint["model"], path)
         checkpoint["model_args"] = asdict(GPTConfig(**checkpoint["model_args"]))
     except Exception as error:

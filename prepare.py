@@ -219,10 +219,10 @@ def fetch(address, part):
         # another file, and the next try begins anew, as it does after another rest than that asked for.
         status = response.status_code
         asked = f"bytes {start}-"
-        rest = response.headers.get("Content-Range", asked).startswith(asked)
-        if status in (200, 416) or (status == 206 and not rest):
+        rest = status == 206 and response.headers.get("Content-Range", asked).startswith(asked)
+        if status in (200, 206, 416) and not rest:
             part.unlink(missing_ok=True)
-        if status != 200 and not (status == 206 and rest):
+        if status != 200 and not rest:
             raise OSError(f"the answer was {status} {response.reason}")
         found = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if found:
@@ -866,7 +866,7 @@ def find_text_files(paths, encoding):
     for path in map(Path, paths):
         if path.is_file():
             found[path.resolve()] = path  # the user says that it is text
-        elif (path / "meta.json").exists():
+        elif is_dataset(path):
             raise UserError(f"{path} is a prepared dataset, not text")
         elif path.is_dir():
             for file in walk(path):
@@ -891,6 +891,11 @@ def find_text_files(paths, encoding):
     return found.values()
 
 
+def is_dataset(folder):
+    """Whether prepare.py has made a folder, which then holds our own files and no text."""
+    return (folder / "meta.json").exists()
+
+
 def walk(folder):
     """All files in a folder and its subfolders, in the same order on every system.
 
@@ -901,8 +906,8 @@ def walk(folder):
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
-            # A prepared dataset holds our own files, not text.
-            if path.is_dir() and not path.is_symlink() and not (path / "val.bin").exists():
+            # A link may lead back to where it stands.
+            if path.is_dir() and not path.is_symlink() and not is_dataset(path):
                 yield from walk(path)
             else:
                 yield path
@@ -1026,11 +1031,11 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     check_ids: whether to read all IDs, and look for one that is too large
     Raises UserError.
     """
-    path = Path(name)
-    name = path.name  # data/mine means mine
+    given = Path(name)
+    name = given.name  # data/mine means mine
     folder = Path("data", name)
-    if len(path.parts) > 1 and path.resolve() != folder.resolve():
-        raise UserError(f"datasets lie in data/, and --dataset={path} does not")
+    if len(given.parts) > 1 and given.resolve() != folder.resolve():
+        raise UserError(f"datasets lie in data/, and --dataset={given} does not")
     if not (folder / "val.bin").is_file():
         raise UserError(f"{folder} is not prepared; run python prepare.py {name}, or YOUR_TEXT --name={name}")
     meta = read_json(folder / "meta.json")

@@ -394,6 +394,7 @@ def check_settings(given):
     """All settings of the run, {name: value}. Raises UserError if they cannot work."""
     config = {name: globals()[name] for name in SETTINGS}
     for name, value in config.items():
+        # without a limit of its own, a number must at least fit into a float
         least, limit = int(name in AT_LEAST_1), BELOW.get(name, 1e300)
         if isinstance(value, int | float) and not least <= value < limit:
             raise UserError(f"{name} must be at least {least} and less than {limit}, not {value}")
@@ -711,11 +712,11 @@ def main(given):
                     "last_evaluation": last_evaluation,
                     "measured_by": measured_by,
                 }
-                more = {"optimizer": [opt.state_dict() for opt in optimizers], "scaler": scaler.state_dict()}
+                rest = {"optimizer": [opt.state_dict() for opt in optimizers], "scaler": scaler.state_dict()}
                 if stopping:
                     metrics.plot()  # otherwise the evaluation has done so
-                # in this order: a resumed run repeats an evaluation whose best.pt a kill has prevented
-                saved = save_or_warn(run / "ckpt.pt", state | more)
+                # best.pt does without the rest; it comes second, because a resumed run evaluates again
+                saved = save_or_warn(run / "ckpt.pt", state | rest)
                 if improved and not save_or_warn(run / "best.pt", state):
                     saved = False
                     if world_size == 1:  # try again as soon as a loss is below that of the file

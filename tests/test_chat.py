@@ -319,7 +319,7 @@ def test_a_line_that_cannot_be_read_is_said_and_the_next_is_answered(parrot):
     assert END in done.stderr.decode() and "Traceback" not in done.stderr.decode()
 
 
-def test_what_a_model_wrote_spoils_no_chat(monkeypatch, capsys):
+def test_what_a_model_wrote_spoils_no_chat(monkeypatch):
     """A NUL, or end-of-text in characters, which no message may hold."""
     tokenizer = prepare.CharTokenizer(sorted(set("\0 ab#:\nInstructionRespe")) + [END])
     model = GPT(GPTConfig(block_size=200, vocab_size=tokenizer.vocab_size, n_layer=0, n_head=1, n_embd=8))

@@ -328,9 +328,11 @@ def test_binary_files_of_a_folder_are_skipped_and_counted(tmp_path):
 
 def test_prepared_datasets_in_a_folder_are_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "data" / "gpt2").mkdir(parents=True)  # weights, which have no val.bin
+    (tmp_path / "data" / "gpt2" / "meta.json").write_text("{}")
     for _ in range(2):
         done = run("prepare.py", ".", "--name=it", cwd=tmp_path)
-    assert "1 files are not text" in done.stdout and "data/it" in done.stdout
+    assert "2 files are not text" in done.stdout and "data/gpt2, data/it" in done.stdout
     assert len(json.loads((tmp_path / "data" / "it" / "meta.json").read_text())["sources"]) == 1
     assert "empty" in refused("prepare.py", "", cwd=tmp_path)
 

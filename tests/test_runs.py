@@ -182,7 +182,7 @@ def test_a_run_that_another_process_made_meanwhile_is_not_overwritten(workdir, t
     if init_from == "resume":
         run("train.py", *args, cwd=workdir)
     (tmp_path / "slow.py").write_text(
-        f"import runpy, sys, time, pathlib\nsys.path.insert(0, {str(REPO)!r})\nimport prepare\n"
+        f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\nimport prepare\n"
         "load = prepare.load_dataset\n"
         "def slow(*args):\n"
         "    print('looks', flush=True)\n"

@@ -278,7 +278,7 @@ def test_mistakes_end_in_one_line(trained, workdir, args, words):
     assert all(word in line for word in words), line
 
 
-def test_numbers_that_overflow_are_said(monkeypatch):
+def test_numbers_that_overflow_are_said():
     """NaN as a probability: no token is drawn, and none is made up."""
     model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=1, n_embd=8)).eval()
     model.transformer.wte.weight.data.fill_(float("nan"))
