@@ -76,6 +76,7 @@ if __name__ == "__main__":
 
 import ctypes
 import gc
+import importlib
 import io
 import json
 import math
@@ -469,6 +470,8 @@ def start_machine():
         chosen = backend
         if backend == "auto":
             chosen = dist.get_default_backend_for_device(use_device)  # nccl for CUDA, gloo for CPUs
+        # DDP would import it later, and its default arguments would keep the process group to the last
+        importlib.import_module("torch.distributed.nn.functional")
         with user_error("cannot connect to the other processes; start them all with torchrun"):
             dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
     use_dtype = pick_dtype(dtype, use_device, training=True)
@@ -793,7 +796,7 @@ def main(given):
     elif not eval_only:
         print0(f"{seconds:.0f} s of training; now: python sample.py --out_dir={shlex.quote(out_dir)}")
     if world_size > 1:
-        del parallel  # DDP holds the process group, whose threads would outlive the interpreter and abort it
+        del parallel  # the last to hold the process group, whose threads could abort Python as it ends
         gc.collect()
         dist.destroy_process_group()
 

@@ -244,6 +244,25 @@ def test_the_same_run_on_any_number_of_processes(workdir, alone, processes):
     assert_close(folder, alone)
 
 
+THREADS_AT_THE_END = """
+import os, runpy, sys
+sys.path[0] = {repo!r}
+runpy.run_path({repo!r} + "/train.py", run_name="__main__")
+for thread in os.listdir("/proc/self/task"):
+    print("thread", open(f"/proc/self/task/{{thread}}/comm").read().strip())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists the threads of /proc")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_no_thread_of_the_process_group_outlives_the_run(workdir, tmp_path, compiled):
+    """One that meets the end of the interpreter aborts the process, now and then, after all is done."""
+    (tmp_path / "train.py").write_text(THREADS_AT_THE_END.format(repo=str(REPO)))
+    args = [*SHARED, "--max_iters=3", f"--compile={compiled}", f"--out_dir={tmp_path / 'out'}"]
+    done = run(*TORCHRUN[1:], *TWO, tmp_path / "train.py", *args, cwd=workdir)
+    assert done.stdout.count("thread") >= 2 and "gloo" not in done.stdout, done.stdout
+
+
 def test_muon_on_two_processes(workdir):
     args = ["train.py", *SHARED, "--optimizer=muon", "--max_iters=40"]
     run(*args, "--out_dir=out/muon_1", cwd=workdir)
