@@ -314,7 +314,7 @@ def answer(model, tokenizer, messages):
 
 def numbers(tensor):
     """The tensor as nested lists, with as many digits as a page needs."""
-    return tensor.double().round(decimals=3).tolist()
+    return tensor.cpu().double().round(decimals=3).tolist()  # an Apple GPU has no double precision
 
 
 def outputs_of(modules):
