@@ -819,7 +819,9 @@ class TextFiles:
     def read_json(self, path):
         """(place, object) of an array of objects. None for any other file, which is read as plain text."""
         with self.open(path) as file:
-            text = file.read(1000)
+            text = file.readline(LONGEST) + file.read(1000)
+            if re.match(r"\{[^\n]*\}\s*\n\s*\{", text):  # an object a line: a .jsonl under another name
+                return self.read_jsonl(path)
             if not re.match(r"\s*\[\s*[{\]]", text):
                 return None
             text += file.read(LONGEST)

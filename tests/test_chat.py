@@ -197,10 +197,20 @@ def test_files_of_records_that_are_damaged(tmp_path):
 
 
 def test_a_json_that_is_no_array_of_objects_is_text(tmp_path):
-    texts = ['{"name": "package", "version": 1}\n', "[1, 2, 3]\n", '"just a string"\n']
+    package = {"name": "package", "versions": [{"number": i} for i in range(20)]}
+    texts = [json.dumps(package), json.dumps(package, indent=1), "[1, 2, 3]\n" * 20, '"just a string"\n' * 20]
     for i, text in enumerate(texts):
-        (tmp_path / f"{i}.json").write_text(text * 20)
-    assert "3 documents" in run("prepare.py", ".", "--name=it", cwd=tmp_path).stdout
+        (tmp_path / f"{i}.json").write_text(text)
+    assert "4 documents" in run("prepare.py", ".", "--name=it", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n "])
+def test_a_json_of_an_object_a_line_is_jsonl(tmp_path, end):
+    """Many a dataset has this form under this name; read as text, a model would learn JSON."""
+    records = [{"text": "a" * length} for length in (2000, 10, 30)]
+    lines = "\N{BYTE ORDER MARK}" + end.join(map(json.dumps, records))
+    (tmp_path / "a.json").write_bytes(lines.encode())
+    assert "3 documents, 2,040 characters" in run("prepare.py", "a.json", cwd=tmp_path).stdout
 
 
 def test_parquet_in_a_folder_is_read_by_its_rows(tmp_path):
