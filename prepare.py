@@ -1419,8 +1419,6 @@ def prepare(args):
     """Do what the command line asks for. Raises UserError."""
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
-    if not 257 <= args.vocab_size <= MAX_VOCAB:  # at least the 256 bytes and <|endoftext|>
-        raise UserError("--vocab_size must lie between 257 and 65536")
     what = args.what[0]
     if "" in args.what:
         raise UserError("a path is empty; is a variable of the shell not set?")
@@ -1434,6 +1432,12 @@ def prepare(args):
     name = dataset_name(args)
     kind, file = CORPORA.get(what, ("char", None))
     kind = args.tokenizer or kind
+    if args.vocab_size is None:
+        args.vocab_size = 4096
+    elif kind != "bpe":
+        say("--vocab_size is only for --tokenizer=bpe: here it changes nothing", sys.stderr)
+    if not 257 <= args.vocab_size <= MAX_VOCAB:  # at least the 256 bytes and <|endoftext|>
+        raise UserError("--vocab_size must lie between 257 and 65536")
     # These are token IDs already.
     if what == "fineweb":
         if not 1 <= args.shards <= 103 or kind != "gpt2":
@@ -1479,7 +1483,7 @@ def main():
         help="char, word, gpt2, bpe, or whose to take: a dataset's folder, a checkpoint or a tokenizer.json; "
         "default: the corpus's, else char",
     )
-    add("--vocab_size", type=int, default=4096, help="entries of a bpe vocabulary (%(default)s)")
+    add("--vocab_size", type=int, help="entries of a bpe vocabulary (4096)")
     add("--val_fraction", type=float, default=0.1, help="part of the text for validation (%(default)s)")
     add("--name", help="name of the folder in data/; default: the name of the corpus or of the first file")
     add("--shards", type=int, default=1, help="shards of fineweb, 100M tokens each (%(default)s)")

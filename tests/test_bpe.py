@@ -146,6 +146,12 @@ def test_sizes_that_cannot_be(work, size):
     assert done.returncode and "vocab_size" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("kind", [[], ["--tokenizer=word"], ["--tokenizer=bpe"]])
+def test_a_size_that_changes_nothing_is_said(work, kind):
+    done = run("prepare.py", "zh.txt", *kind, "--vocab_size=512", "--name=sized", cwd=work)
+    assert ("changes nothing" in done.stderr) == (kind != ["--tokenizer=bpe"])
+
+
 @pytest.mark.parametrize("source", ["data/bpe", "out/bpe/ckpt.pt"])
 def test_a_new_text_gets_an_earlier_vocabulary(work, source):
     old = json.loads((work / "data" / "bpe" / "meta.json").read_text(encoding="utf-8"))
