@@ -200,6 +200,16 @@ def test_muon_is_shared_out(tmp_path, processes):
     assert sum(shares) == all_matrices and max(shares) <= math.ceil(all_matrices / 3 / processes) * 3
 
 
+@pytest.mark.parametrize("processes, used", [(1, "mps"), (2, "cpu")])
+def test_processes_do_not_share_an_apple_gpu(monkeypatch, processes, used):
+    """As on a Mac, whose GPU is found, but is only one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(train, "world_size", processes)
+    assert train.start_machine() == (used, "float32")
+
+
 def test_an_evaluation_has_batches_of_one_shape(monkeypatch):
     """The last is filled up, so that nothing is compiled anew; the loss stays that of the split."""
     for name, value in {"block_size": 8, "batch_size": 4, "eval_iters": 0}.items():
