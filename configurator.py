@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 # nanoGPT's config files run here. These keys are passed over.
-UNUSED = {"wandb_log", "wandb_project", "wandb_run_name"}
+UNUSED = ("wandb_log", "wandb_project", "wandb_run_name")
 # This is what nanoGPT's decay_lr means here.
 DECAY_LR = {
     True: {"lr_schedule": "cosine"},
@@ -60,6 +60,13 @@ def configure(settings, argv=None):
         # the text of an error may have several lines
         message = " ".join(str(error).split())
         raise SystemExit(f"{Path(settings['__file__']).name}: {message}") from None
+    unused = [key for key in UNUSED if given.pop(key, None) is not None]
+    if unused:
+        print(
+            f"{', '.join(unused)} passed over: there is no such logging here "
+            "(a file that has them, and no dataset, means openwebtext, as in nanoGPT)",
+            file=sys.stderr,
+        )
     settings.update(given)
     return given
 
@@ -114,9 +121,7 @@ def run_config_file(path, known):
         # the frame after this one is the config file's; there is none if it could not be compiled
         line = getattr(error.__traceback__.tb_next, "tb_lineno", getattr(error, "lineno", None))
         raise UserError(f"{path}, line {line}: {error!r}") from None
-    unused = sorted(namespace.keys() & UNUSED)
-    if unused:
-        print(f"{', '.join(unused)} passed over: there is no such logging here", file=sys.stderr)
+    if namespace.keys() & UNUSED:
         namespace.setdefault("dataset", "openwebtext")  # nanoGPT's default
     given = {}
     try:
@@ -139,7 +144,7 @@ def override(key, value, known, is_text=False):
     Raises UserError, with the key, the wanted type and the value.
     """
     if key in UNUSED:
-        return {}
+        return {key: value}
     if key == "decay_lr":
         return DECAY_LR[convert(key, value, bool, is_text)]
     if key not in known:
@@ -163,9 +168,7 @@ def convert(key, value, kind, is_text):
     if is_text:
         value = read_text(value, wanted)
     if get_origin(kind) is Literal:
-        choices = dict(zip(names, wanted, strict=True))
-        fits = str(value) in choices
-        value = choices.get(str(value), value)
+        fits = repr(value) in map(repr, wanted)  # 1 equals True, but is not what is wanted
     else:
         # a whole number can stand for a float if that loses no digit
         if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:

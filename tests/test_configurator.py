@@ -131,7 +131,15 @@ def test_nanogpt_file(tmp_path, capsys):
     }
     said = capsys.readouterr().err
     assert "wandb_run_name" not in said
-    assert said.count("\n") == 1 and "wandb_log, wandb_project" in said
+    assert said.count("\n") == 1 and "wandb_log, wandb_project" in said and "openwebtext" in said
+
+
+def test_nanogpt_flags(tmp_path, capsys):
+    """As in a file, but a flag says nothing of the dataset."""
+    given, _ = configured(tmp_path, "--wandb_log=True", "--wandb_run_name=x", "--max_iters=3")
+    assert given == {"max_iters": 3}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "wandb_log, wandb_run_name passed over" in said
 
 
 @settings(max_examples=300, deadline=None)
