@@ -56,6 +56,8 @@ def configure(settings, argv=None):
                 given |= read_flag(argument, known)
             else:
                 given |= run_config_file(argument, known)
+                if given.keys() & UNUSED:
+                    settings["dataset"] = "openwebtext"  # nanoGPT's default
     except UserError as error:
         # the text of an error may have several lines
         message = " ".join(str(error).split())
@@ -121,8 +123,6 @@ def run_config_file(path, known):
         # the frame after this one is the config file's; there is none if it could not be compiled
         line = getattr(error.__traceback__.tb_next, "tb_lineno", getattr(error, "lineno", None))
         raise UserError(f"{path}, line {line}: {error!r}") from None
-    if namespace.keys() & UNUSED:
-        namespace.setdefault("dataset", "openwebtext")  # nanoGPT's default
     given = {}
     try:
         for key, value in namespace.items():
@@ -145,7 +145,7 @@ def override(key, value, known, is_text=False):
     """
     if key in UNUSED:
         return {key: value}
-    if key == "decay_lr":
+    if key == "decay_lr" and "lr_schedule" in known:
         return DECAY_LR[convert(key, value, bool, is_text)]
     if key not in known:
         near = difflib.get_close_matches(key, known)

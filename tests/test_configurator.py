@@ -122,13 +122,13 @@ def test_mistaken_file(tmp_path, config, words):
 def test_nanogpt_file(tmp_path, capsys):
     """Keys that have no use here are passed over in one line; its decay_lr is our lr_schedule."""
     config = "wandb_log = False\nwandb_project = 'owt'\nmax_iters = 600000\ndecay_lr = False\n"
-    given, _ = configured(tmp_path, config=config)
+    given, namespace = configured(tmp_path, config=config)
     assert given == {
         "max_iters": 600000,
         "lr_schedule": "constant",
         "warmup_iters": 0,
-        "dataset": "openwebtext",  # nanoGPT's default
     }
+    assert namespace["dataset"] == "openwebtext"  # nanoGPT's default, but a resumed run keeps its own
     said = capsys.readouterr().err
     assert "wandb_run_name" not in said
     assert said.count("\n") == 1 and "wandb_log, wandb_project" in said and "openwebtext" in said
@@ -136,8 +136,8 @@ def test_nanogpt_file(tmp_path, capsys):
 
 def test_nanogpt_flags(tmp_path, capsys):
     """As in a file, but a flag says nothing of the dataset."""
-    given, _ = configured(tmp_path, "--wandb_log=True", "--wandb_run_name=x", "--max_iters=3")
-    assert given == {"max_iters": 3}
+    given, namespace = configured(tmp_path, "--wandb_log=True", "--wandb_run_name=x", "--max_iters=3")
+    assert given == {"max_iters": 3} and namespace["dataset"] == "pydocs"
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "wandb_log, wandb_run_name passed over" in said
 
