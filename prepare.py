@@ -571,11 +571,17 @@ def tokenizer_of_folder(folder):
     description = read_json(folder / "tokenizer.json")
     if description:
         with user_error(f"{folder}/tokenizer.json is damaged"):
-            end_of_text = read_json(folder / "config.json").get("eos_token_id")
-            if isinstance(end_of_text, list):  # the first one ends a text
-                end_of_text = end_of_text[0]
-            tokenizer = BPETokenizer(description, end_of_text)
-        vocab = tokenizer.bpe.get_vocab()  # {token: ID}, with added tokens such as those of a chat
+            tokenizer = BPETokenizer(description)
+            vocab = tokenizer.bpe.get_vocab()  # {token: ID}, with added tokens such as those of a chat
+            # The model's configuration knows the ID that ends a text, unless it was never set, or else the
+            # tokenizer's knows the token.
+            end = read_json(folder / "config.json").get("eos_token_id")
+            if isinstance(end, list) and end:  # the first one ends a text
+                end = end[0]
+            if end not in vocab.values():
+                token = read_json(folder / "tokenizer_config.json").get("eos_token")
+                end = vocab.get(token["content"] if isinstance(token, dict) else token)
+            tokenizer = BPETokenizer(description, end)
     else:
         vocab = read_json(folder / "vocab.json")
     # GPT-2's vocabulary is recognized by its tokens, in the order of their IDs.
@@ -727,15 +733,17 @@ class NotText(UserError):
 
 def check_head(path, head):
     """Raises NotText if a file that begins with these bytes is not UTF-8 text."""
-    # A PDF, the byte order marks of UTF-16, or control characters other than tabs, line ends and the like.
-    if not re.search(rb"\A(?:%PDF|\xff\xfe|\xfe\xff)|[\0-\x07\x0e-\x1a]", head):
+    # A PDF, the byte order marks of UTF-16, or NUL.
+    found = re.search(rb"\A(?:%PDF|\xff\xfe|\xfe\xff)|\0", head)
+    if not found:
         return
     problem = "it is not text"
     # Of the two bytes of a character in UTF-16, one is nearly always the same.
     few, many = sorted((len(set(head[::2])), len(set(head[1::2]))))
     if many > 3 * few or head.startswith((b"\xff\xfe", b"\xfe\xff")):
         problem = "it looks like UTF-16; add --encoding=utf-16, or --encoding=utf-16-le or -be"
-    raise NotText(f"{path}: {problem}")
+    at = found.start()
+    raise NotText(f"{path}: byte {at} is {head[at]:#x}, so {problem}")
 
 
 @dataclass
@@ -1172,7 +1180,7 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
                 learned = not isinstance(text, Prompt)
                 files[f"{split}_mask"].write(np.full(len(ids), learned, "u1"))
                 counts[f"{split}_learned"] += len(ids) * learned
-            if text and text != END_OF_TEXT and tokenizer.keeps_text:
+            if text and text != END_OF_TEXT:
                 counts[f"{split}_bytes"] += len(text.encode())
         meta |= counts
         train, val = counts["train_tokens"], counts["val_tokens"]
@@ -1420,8 +1428,8 @@ def prepare(args):
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction must lie between 0 and 1, not {args.val_fraction}")
     what = args.what[0]
-    if "" in args.what:
-        raise UserError("a path is empty; is a variable of the shell not set?")
+    if "" in (*args.what, args.tokenizer, args.name):
+        raise UserError("a name or path is empty; is a variable of the shell not set?")
     if len(args.what) > 1 and set(args.what) & {*NAMES, *GPT2_SIZES.values()}:
         raise UserError("one corpus at a time, and no files beside it")
     # These are weights, not text.
@@ -1464,6 +1472,11 @@ def prepare(args):
     write_dataset(name, documents, sources, kind, args.val_fraction, args.vocab_size)
 
 
+def refuse(message):
+    """What argparse calls for a mistake: one line, as for all others."""
+    raise UserError(f"{message}; --help lists all options")
+
+
 def interrupt(_number, _frame):
     """The first Ctrl-C ends the program. Further ones are ignored, so that it can clean up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1473,8 +1486,9 @@ def interrupt(_number, _frame):
 def main():
     # The docstring of this file begins the help.
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.error = refuse
     add = parser.add_argument
     own = f"your own files, or one of {', '.join(NAMES)}"
     add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help=own)

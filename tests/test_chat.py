@@ -177,13 +177,27 @@ def test_another_end_of_text_ends_answers_and_documents(tmp_path):
     assert (ids == 0).sum() == 18 and mask[ids == 0].all()
 
 
+@pytest.mark.parametrize("given", [{}, {"eos_token_id": 50256}, {"eos_token_id": "0"}, {"eos_token_id": []}])
+@pytest.mark.parametrize("token", [None, END, {"content": "vocab"}])
+def test_an_end_of_text_that_the_model_does_not_know(tmp_path, given, token):
+    """transformers writes GPT-2's ID where nobody has set one; then the tokenizer's files tell."""
+    bpe = prepare.BPETokenizer.trained(["text of vocabulary " * 50], 300)
+    assert bpe.bpe.token_to_id("vocab") and bpe.end_of_text == 0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(bpe.meta["json"]))
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
+    tokenizer = prepare.tokenizer_of(tmp_path)
+    name = token["content"] if isinstance(token, dict) else END
+    assert tokenizer.end_of_text == tokenizer.bpe.token_to_id(name)
+    assert prepare.load_tokenizer({"tokenizer": tokenizer.meta}).end_of_text == tokenizer.end_of_text
+
+
 @pytest.mark.parametrize("end_of_text", ["0", 10**6, -1, 0.5])
-def test_an_end_of_text_that_is_no_id(tmp_path, end_of_text):
-    bpe = prepare.BPETokenizer.trained(["the text of a vocabulary " * 50], 300).meta["json"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(bpe))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": end_of_text}))
+def test_an_end_of_text_that_is_no_id(end_of_text):
+    """In a meta.json or a checkpoint, which are ours."""
+    bpe = prepare.BPETokenizer.trained(["the text of a vocabulary " * 50], 300).meta
     with pytest.raises(prepare.UserError):
-        prepare.tokenizer_of(tmp_path)
+        prepare.load_tokenizer({"tokenizer": bpe | {"end_of_text": end_of_text}})
 
 
 def test_files_of_records_that_are_damaged(tmp_path):
