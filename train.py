@@ -400,7 +400,9 @@ def check_settings(given):
         if isinstance(value, int | float) and not least <= value < limit:
             raise UserError(f"{name} must be at least {least} and less than {limit}, not {value}")
     if "max_iters" in given and max_epochs:
-        raise UserError(f"max_iters or {max_epochs=}? For max_iters, add --max_epochs=None")
+        if "max_epochs" not in given:
+            raise UserError(f"max_iters or {max_epochs=}? For max_iters, add --max_epochs=None")
+        warn(f"{max_epochs=} decides how long the run is, not max_iters")
     if stride and data_order != "epoch":
         raise UserError("stride needs --data_order=epoch")
     if not 0 <= rank < world_size or gradient_accumulation_steps % world_size:
@@ -453,7 +455,8 @@ def on_signal(number, _frame):
         if rank == 0:
             with suppress(OSError):  # os.write, because the signal may have come in the middle of a print
                 os.write(2, b"\ntrain.py: saves and stops after the next step; again: stops at once\n")
-    elif time.monotonic() > stop_requested + 1:  # torchrun sends a terminal's Ctrl-C a second time, sooner
+    # torchrun sends a terminal's Ctrl-C a second time, but sooner
+    elif "RANK" not in os.environ or time.monotonic() > stop_requested + 1:
         raise SystemExit(128 + number)
 
 
@@ -599,7 +602,7 @@ def main(given):
     model = build_model(checkpoint, config, tokenizer.vocab_size).to(use_device).train()
     for_muon = muon_learning_rate if optimizer == "muon" else None
     optimizers = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), for_muon)
-    measured_by = [meta, eval_iters, batch_size, dtype]  # losses compare only if these are the same
+    measured_by = [meta, eval_iters * batch_size, use_dtype]  # losses compare only if these are the same
     step, tokens, seconds, best_val_loss, waited = 0, 0, 0.0, math.inf, 0
     last_evaluation = 0  # its step
     if resume:

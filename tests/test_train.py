@@ -338,6 +338,14 @@ def test_epochs_settle_the_steps(workdir):
     run("train.py", *args, cwd=workdir)
     steps_per_epoch = train.count_windows(int(19 * 40 * 0.9), 32, 16) // 4
     assert len(metrics(workdir / "out" / "epochs", "loss")) == 3 * steps_per_epoch
+    # a run of epochs is not extended by steps without a word, nor does a config's max_iters shorten one
+    args_of_steps = ["--init_from=resume", "--max_iters=9", "--out_dir=out/epochs"]
+    done = run("train.py", *args_of_steps, cwd=workdir, check=False)
+    assert done.returncode == 1 and "For max_iters, add --max_epochs=None" in done.stderr
+    (workdir / "steps.py").write_text("max_iters = 2")
+    done = run("train.py", "steps.py", *args[:-1], "--out_dir=out/both", cwd=workdir)
+    assert "max_epochs=3 decides" in done.stderr
+    assert len(metrics(workdir / "out" / "both", "loss")) == 3 * steps_per_epoch
 
 
 def test_half_precision_compiled_and_constant(workdir):
@@ -441,7 +449,6 @@ def test_mistakes_end_in_one_line(trained, workdir):
         (["out/broken/ckpt.pt", "damaged"], "--init_from=resume", "--out_dir=out/broken"),
         (["no run to resume"], "--init_from=resume", "--out_dir=out/weights"),
         (["nowhere.pt"], "--init_from=nowhere.pt"),
-        (["max_epochs=2", "--max_epochs=None"], "--max_iters=3", "--max_epochs=2"),
         (["optimizer='muon'", "adamw"], "--init_from=resume", "--out_dir=out/trained", "--optimizer=muon"),
         (["stride", "data_order"], "--stride=3"),
         (["beta2", "less than 1"], "--beta2=1.5"),
