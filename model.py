@@ -468,15 +468,14 @@ class GPT(nn.Module):
         return optimizers
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str | dict, device="cpu", **changes):
+    def from_checkpoint(cls, path: str | dict, device="cpu", **changes):
         """The model of a checkpoint, in float32 and in eval mode.
 
-        checkpoint: a path, or what load_checkpoint returned
+        path: of the checkpoint, or what load_checkpoint has returned for it
         changes: GPTConfig fields that are to differ: the dropouts, flash, init, or a smaller block_size
         Raises ModelError if the checkpoint cannot be read or its weights do not fit.
         """
-        if not isinstance(checkpoint, dict):
-            checkpoint = load_checkpoint(checkpoint)
+        checkpoint = path if isinstance(path, dict) else load_checkpoint(path)
         weights = {}
         try:
             config = GPTConfig(**(checkpoint["model_args"] | changes))
@@ -511,7 +510,7 @@ class GPT(nn.Module):
 
     from_pretrained = from_checkpoint  # a Hugging Face folder is a checkpoint too
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, dir: str) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
 
         Raises ModelError, which names the field, if the architecture is not GPT-2's.
@@ -537,7 +536,7 @@ class GPT(nn.Module):
             complete = GPT(replace(config, bias=True, qkv_bias=None))
         for name, p in complete.named_parameters():
             weights.setdefault(name, torch.zeros(p.shape))  # a bias of 0 is the same as no bias
-        folder = Path(folder)
+        folder = Path(dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it

@@ -59,7 +59,6 @@ from model import (
 from prepare import (
     CHAT_TEMPLATE,
     END_OF_TEXT,
-    TextFiles,
     as_hugging_face,
     clean,
     give_up,
@@ -124,7 +123,8 @@ def read_prompts():
     path = Path(os.path.expanduser(name))
     if not path.is_file():  # reading a pipe could wait for ever
         raise UserError(f"{path}: there is no such file")
-    text = "".join(TextFiles([]).read_text(path))  # checked like the text of a corpus
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        text = clean(file.read())  # which refuses the bytes that are not UTF-8
     if kind == "FILE":
         return [text]
     return text.removesuffix("\n").split("\n")
@@ -138,11 +138,10 @@ def crop(model, ids):
     return ids[-longest:]
 
 
-def encode_prompt(model, tokenizer, text):
-    """The cleaned text, and its token IDs, as many as the context holds. Raises UserError."""
+def encode_prompt(tokenizer, text):
+    """The cleaned text, and its token IDs, of which there is at least one. Raises UserError."""
     text = clean(text)
-    ids = tokenizer.encode(text) or [first_token(tokenizer)]  # a model cannot continue nothing
-    return text, crop(model, ids)
+    return text, tokenizer.encode(text) or [first_token(tokenizer)]  # a model cannot continue nothing
 
 
 def first_token(tokenizer):
@@ -205,7 +204,7 @@ class Sample:
 def print_probs(model, tokenizer, prompts):
     """Print what may come after each prompt: the ten likeliest tokens, their probabilities, and bars."""
     for _, ids in prompts:
-        idx = torch.tensor([ids], device=model.lm_head.weight.device)  # (1, T)
+        idx = torch.tensor([crop(model, ids)], device=model.lm_head.weight.device)  # (1, T)
         logits = model(idx)[0][0, -1, : tokenizer.vocab_size].float()  # (V,)
         probs = [(logits / t).softmax(-1) for t in (0.5, 1.0, 1.5)]
         print("temperature 0.5           temperature 1.0           temperature 1.5           next token")
@@ -248,6 +247,7 @@ def generate(model, tokenizer, samples, shows):
 
 def complete(model, tokenizer, prompts):
     """Print num_samples continuations of each prompt, (text, token IDs); returns the first Sample."""
+    prompts = [(text, crop(model, ids)) for text, ids in prompts]
     samples = [Sample(tokenizer, *prompt, seed + i) for prompt in prompts for i in range(num_samples)]
     first = samples[0]
     started = time.perf_counter()
@@ -286,7 +286,7 @@ def answer_lines(model, tokenizer, write):
     for line in input_lines():
         try:
             if not chat:
-                write(model, tokenizer, [encode_prompt(model, tokenizer, line)])
+                write(model, tokenizer, [encode_prompt(tokenizer, line)])
             elif line.strip() == "/new":
                 messages = []
             elif line.strip():
@@ -452,6 +452,7 @@ def export_folder(checkpoint, tokenizer, folder):
 
     # only the tokenizer knows which ID ends a text, so save_pretrained has left it open
     config = read_json(folder / "config.json")
+    generation = {"max_length": model.config.block_size}  # otherwise transformers writes beyond the context
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.block_size,
@@ -460,11 +461,12 @@ def export_folder(checkpoint, tokenizer, folder):
     if tokenizer.end_of_text is not None:
         # GPT-2 begins, ends and pads texts with the same token
         for role in ("bos", "eos", "pad"):
-            config[f"{role}_token_id"] = tokenizer.end_of_text
+            config[f"{role}_token_id"] = generation[f"{role}_token_id"] = tokenizer.end_of_text
             about[f"{role}_token"] = hf_tokenizer.id_to_token(tokenizer.end_of_text)
     if "train_learned" in checkpoint.get("meta", {}):  # it has learned to answer
         about["chat_template"] = CHAT_TEMPLATE
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
 
 
@@ -478,7 +480,6 @@ def export_whole(checkpoint, tokenizer):
         with tempfile.TemporaryDirectory(dir=folder.parent) as new:
             export_folder(checkpoint, tokenizer, Path(new, "folder"))
             Path(new, "folder").rename(folder)
-    note(f"{folder} is ready for transformers")
 
 
 def check_settings(tokenizer, block_size):
@@ -519,23 +520,24 @@ def main():
     if tokenizer.vocab_size > model_args["vocab_size"]:
         raise UserError(f"{path}: its tokenizer has more IDs than the model, so they do not belong together")
     check_settings(tokenizer, model_args["block_size"])
-    if export:
-        return export_whole(checkpoint, tokenizer)
-    model = GPT.from_checkpoint(checkpoint)
-    model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
-    optimize_for_generation(model, compile is True)
     source = path
     if {"step", "best_val_loss"} <= checkpoint.keys():  # only train.py writes these
         source += f": step {checkpoint['step']}, best validation loss {checkpoint['best_val_loss']:.4f}"
+    if export:
+        export_whole(checkpoint, tokenizer)
+        return note(f"{source}\n{export} is ready for transformers")
+    model = GPT.from_checkpoint(checkpoint)
+    model.to(use_device, getattr(torch, pick_dtype(dtype, use_device)))
+    optimize_for_generation(model, compile is True)
 
     write = print_probs if show_probs else complete
     if chat or start == "-":
         note(source)
         return answer_lines(model, tokenizer, write)
     try:
-        prompts = [encode_prompt(model, tokenizer, text) for text in read_prompts()]
+        prompts = [encode_prompt(tokenizer, text) for text in read_prompts()]
     except UserError as error:  # the file is missing, or a character is not in the vocabulary
-        raise UserError(f"{error}; choose another --start") from None
+        raise UserError(f"{error}; choose another --start than {start!r:.60}") from None
     note(source)
     first = write(model, tokenizer, prompts)
     if page:

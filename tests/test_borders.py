@@ -253,6 +253,16 @@ def test_nanogpts_configs_mean_its_default_dataset(workdir):
     assert "data/openwebtext is not prepared" in line
 
 
+def test_nanogpts_keys_change_no_dataset_of_a_run_or_a_sample(trained, workdir):
+    (workdir / "nano_config.py").write_text("wandb_log = False\nseed = 5\n")
+    shutil.copytree(trained, workdir / "out" / "nano")
+    args = ["nano_config.py", "--out_dir=out/nano", "--device=cpu"]
+    done = run("train.py", *args, "--init_from=resume", "--max_iters=61", cwd=workdir)
+    assert "data/pydocs/train.bin" in done.stdout and "wandb_log passed over" in done.stderr
+    assert run("sample.py", *args, "--max_new_tokens=5", cwd=workdir).stdout
+    assert "decay_lr" in refused("sample.py", "--decay_lr=False", "--out_dir=out/nano", cwd=workdir)
+
+
 def ids(folder, name, dtype="<u2", meta=None, high=100):
     (folder / "data" / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -365,8 +375,8 @@ def test_line_ends_and_marks_are_not_trained_on(tmp_path, content):
             ["UTF-16", "--encoding=utf-16-le"],
         ),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256)), ["not text"]),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + os.urandom(999), ["not text"]),
-        (b"BZh91AY&SY" + bytes(range(256)), ["not text"]),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + os.urandom(999), ["not text", "byte 8 is 0x0"]),
+        (b"BZh91AY&SY" + bytes(range(256)), ["not text", "byte 10 is 0x0"]),
         (TEXT.encode() * 500 + b"\0", ["character 20500 is NUL"]),
         (gzip.compress(TEXT.encode("utf-16")), ["UTF-16"]),
     ],
@@ -380,6 +390,14 @@ def test_what_is_no_text_is_said(tmp_path, content, words):
         line = refused("prepare.py", name, *errors, cwd=tmp_path)
         assert all(word in line for word in [name, *words]) and "replace" not in line, line
     assert not list((tmp_path / "data").glob("[!.]*"))
+
+
+def test_control_characters_are_text(tmp_path):
+    """A log has a bell, a form feed, a colour; only NUL is in no text."""
+    log = "done\a\n\x01\x1b[31mred\x1b[0m\f\n" * 20
+    (tmp_path / "it.log").write_text(log)
+    run("prepare.py", ".", "--name=it", cwd=tmp_path)
+    assert dataset(tmp_path)[1] == log
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1", "cp1251"])
@@ -532,6 +550,16 @@ def test_best_belongs_to_its_data_and_its_evaluation(begun, change):
     assert "best.pt was measured on other data or in another way" in done.stderr
     assert ("goes on with other data" in done.stderr) == (change in ("another dataset", "prepared anew"))
     assert best(begun)["best_val_loss"] > 1 and best(begun)["step"] in (4, 6)
+
+
+@pytest.mark.parametrize("same", [["--dtype=float32"], ["--batch_size=2", "--eval_iters=4"]])
+def test_best_stays_where_the_evaluation_is_the_same(begun, same):
+    """The precision of auto by its name, or as many windows in other batches."""
+    path = begun / "out" / "it" / "best.pt"
+    torch.save(best(begun) | {"best_val_loss": 0.1}, path)
+    before = path.read_bytes()
+    done = resumed(begun, *same, "--max_iters=6")
+    assert "was measured" not in done.stderr and path.read_bytes() == before
 
 
 def test_going_back_replaces_best_only_by_a_better_one(begun):
