@@ -1440,9 +1440,7 @@ def prepare(args):
     name = dataset_name(args)
     kind, file = CORPORA.get(what, ("char", None))
     kind = args.tokenizer or kind
-    if args.vocab_size is None:
-        args.vocab_size = 4096
-    elif kind != "bpe":
+    if args.vocab_size != 4096 and kind != "bpe":
         say("--vocab_size is only for --tokenizer=bpe: here it changes nothing", sys.stderr)
     if not 257 <= args.vocab_size <= MAX_VOCAB:  # at least the 256 bytes and <|endoftext|>
         raise UserError("--vocab_size must lie between 257 and 65536")
@@ -1497,7 +1495,7 @@ def main():
         help="char, word, gpt2, bpe, or whose to take: a dataset's folder, a checkpoint or a tokenizer.json; "
         "default: the corpus's, else char",
     )
-    add("--vocab_size", type=int, help="entries of a bpe vocabulary (4096)")
+    add("--vocab_size", type=int, default=4096, help="entries of a bpe vocabulary (%(default)s)")
     add("--val_fraction", type=float, default=0.1, help="part of the text for validation (%(default)s)")
     add("--name", help="name of the folder in data/; default: the name of the corpus or of the first file")
     add("--shards", type=int, default=1, help="shards of fineweb, 100M tokens each (%(default)s)")

@@ -486,7 +486,7 @@ def start_machine():
         # this switch also applies to CPUs, where the backward pass of fused attention is slow in bfloat16
         torch.backends.cuda.enable_flash_sdp(use_dtype == "float32")
         if sys.platform == "linux":
-            # let glibc keep freed memory for the next step: page faults took 30% of a step
+            # let glibc keep freed memory for the next step: page faults took 30% of a step on some machines
             libc = ctypes.CDLL(None)
             libc.mallopt(-3, 32_000_000)  # M_MMAP_THRESHOLD, which may be 32 MiB at most
             libc.mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
