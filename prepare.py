@@ -127,8 +127,8 @@ THREADS = min(8, os.cpu_count() or 1)
 # Suffixes of text files in a folder. The first one is no suffix, as in README. A file that is named on the
 # command line may have any suffix.
 SUFFIXES = (
-    " .txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .parquet .yaml .yml .toml .ini .sh "
-    ".sql .py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
+    " .txt .md .rst .tex .org .log .csv .xml .html .css .json .jsonl .ndjson .parquet .yaml .yml .toml .ini "
+    ".sh .sql .py .c .h .cpp .hpp .java .kt .js .ts .go .rs .rb .php .swift"
 ).split(" ")
 
 
@@ -491,8 +491,9 @@ def fixed_tokenizer(kind):
 def check_characters(tokenizer, characters):
     """Raises UserError, which names the character, if a vocabulary from elsewhere would lose one of a text."""
     for char in sorted(characters):
-        kept = tokenizer.decode(tokenizer.encode(char))
-        if kept in ("", "\N{REPLACEMENT CHARACTER}") and not char.isspace():
+        kept = tokenizer.decode(tokenizer.encode(char)).strip()
+        # It is lost, or becomes another, such as its lower case. A word would be <|unk|>, which is counted.
+        if kept != char.strip() and tokenizer.keeps_text:
             raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
 
 
@@ -760,7 +761,7 @@ class TextFiles:
         for path in self.files:
             suffix = unpacked(path).suffix.lower()
             records = None
-            if suffix == ".jsonl":
+            if suffix in (".jsonl", ".ndjson"):
                 records = self.read_jsonl(path)
             elif suffix == ".json":
                 records = self.read_json(path)
@@ -768,6 +769,8 @@ class TextFiles:
                 columns = {"text", "messages", "instruction", "input", "output"}
                 records = read_parquet(path, {self.text_key} if self.text_key else columns)
             if records is None:
+                if self.text_key and suffix == ".json":
+                    raise UserError(f"{path} has no objects for --text_key: no array of them, nor one a line")
                 yield from split_at_ends(self.read_text(path))
                 continue
             for place, record in records:
@@ -1028,8 +1031,10 @@ def write_file(path, content):
 
 def read_json(path):
     """The object in a JSON file, or an empty one if there is no such file. Raises UserError."""
-    if not path.is_file():
+    if not path.exists():
         return {}
+    if not path.is_file():  # reading a pipe could wait for ever
+        raise UserError(f"{path} is no file")
     with user_error(f"{path} is damaged, or no JSON object"):
         return {**json.loads(path.read_bytes())}
 

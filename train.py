@@ -551,7 +551,8 @@ def restore(optimizers, scaler, checkpoint):
         # the scaler's state is empty in a run of another precision
         old, fresh = checkpoint["scaler"], scaler.state_dict()
         scaler.load_state_dict({key: type(fresh[key])(old.get(key, fresh[key])) for key in fresh})
-        return checkpoint["meta"], checkpoint["step"], checkpoint["tokens"], checkpoint["seconds"]
+        seconds = min(checkpoint["seconds"], 1e9)  # a damaged number would swallow the seconds to come
+        return checkpoint["meta"], checkpoint["step"], checkpoint["tokens"], seconds
 
 
 def loss_to_beat(path, measured_by):

@@ -123,6 +123,9 @@ def test_a_tokenizer_json_changes_no_text(foreign, key):
     assert prepare.as_hugging_face(tokenizer).encode(TEXT * 20).ids == expected.encode(TEXT * 20)
 
 
+STRIP = {"type": "Replace", "pattern": {"Regex": "[^a-z ,\n]"}, "content": "x"}
+
+
 def lacking(kind):
     """The JSON of a vocabulary of the letters of TEXT alone."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -136,6 +139,9 @@ def lacking(kind):
         full["model"]["vocab"] = {char: i for i, char in enumerate(sorted(keep))}
         full["model"]["merges"], full["added_tokens"] = [], []
         return full
+    if kind == "lower":
+        full = prepare.BPETokenizer.trained([TEXT + "Zé中"], 300).meta["json"]
+        return full | {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, STRIP]}}
     vocab = {char: i for i, char in enumerate(chars)} | {"<unk>": len(chars)}
     if kind == "unigram":
         model = models.Unigram([(token, -1.0) for token in vocab], len(chars))
@@ -149,7 +155,7 @@ def lacking(kind):
     return json.loads(tokenizer.to_str())
 
 
-@pytest.mark.parametrize("kind", ["exported", "bytes", "unigram", "words", "unk", "none"])
+@pytest.mark.parametrize("kind", ["exported", "bytes", "unigram", "words", "unk", "none", "lower"])
 @pytest.mark.parametrize("char", ["Z", "\u00e9", "\u4e2d"])
 def test_what_a_vocabulary_cannot_express_is_named(tmp_path, monkeypatch, kind, char):
     monkeypatch.chdir(tmp_path)

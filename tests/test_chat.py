@@ -223,8 +223,15 @@ def test_a_json_of_an_object_a_line_is_jsonl(tmp_path, end):
     """Many a dataset has this form under this name; read as text, a model would learn JSON."""
     records = [{"text": "a" * length} for length in (2000, 10, 30)]
     lines = "\N{BYTE ORDER MARK}" + end.join(map(json.dumps, records))
-    (tmp_path / "a.json").write_bytes(lines.encode())
-    assert "3 documents, 2,040 characters" in run("prepare.py", "a.json", cwd=tmp_path).stdout
+    for name in ("a.json", "b.ndjson"):
+        (tmp_path / name).write_bytes(lines.encode())
+        assert "3 documents, 2,040 characters" in run("prepare.py", name, cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("content", [{"text": "one"}, {"data": [{"text": "one"}]}, ["one", "two"]])
+def test_a_key_that_no_json_can_have_is_refused(tmp_path, content):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert "--text_key" in refused("prepare.py", "a.json", "--text_key=text", cwd=tmp_path)
 
 
 def test_parquet_in_a_folder_is_read_by_its_rows(tmp_path):

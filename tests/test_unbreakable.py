@@ -119,6 +119,7 @@ def test_tensors_that_share_memory_are_parted(saved, tmp_path):
         (("step",), -1),
         (("tokens",), None),
         (("seconds",), math.nan),
+        (("seconds",), -1.0),
         (("best_val_loss",), [2.0]),
         (("measured_by",), "never"),
         (("config",), []),
@@ -135,6 +136,17 @@ def test_a_field_that_makes_no_sense_is_one_line(saved, tmp_path, path, value):
     with pytest.raises(ModelError) as error:
         GPT.from_checkpoint(tmp_path / "it.pt")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("seconds", [1e308, math.inf])
+def test_seconds_without_end_spoil_no_numbers(saved, workdir, seconds):
+    folder = workdir / "out" / f"long_{seconds}"
+    folder.mkdir()
+    torch.save(saved | {"seconds": seconds}, folder / "ckpt.pt")
+    run("train.py", "--init_from=resume", "--max_iters=62", f"--out_dir={folder}", cwd=workdir)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    numbers = [line[key] for line in lines for key in line if line[key] is not None]
+    assert any("loss" in line for line in lines) and all(map(math.isfinite, numbers))
 
 
 def restored(checkpoint, optimizer="adamw"):
@@ -422,6 +434,18 @@ def test_a_pipe_in_a_hugging_face_folder_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(ModelError, match="is no file"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_meta_json_that_is_no_file_is_not_as_if_there_were_none(tmp_path, monkeypatch, make):
+    """The IDs would be taken for GPT-2's."""
+    (tmp_path / "data" / "it").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "data" / "it" / f"{split}.bin").write_bytes(b"\1\0" * 99)
+    make(tmp_path / "data" / "it" / "meta.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="meta.json is no file"):
+        load_dataset("it", 8)
 
 
 @pytest.mark.parametrize("kind", ["expanded", "compressed"])
