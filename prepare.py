@@ -574,8 +574,8 @@ def tokenizer_of_folder(folder):
         with user_error(f"{folder}/tokenizer.json is damaged"):
             tokenizer = BPETokenizer(description)
             vocab = tokenizer.bpe.get_vocab()  # {token: ID}, with added tokens such as those of a chat
-            # The model's configuration knows the ID that ends a text, unless it was never set, or else the
-            # tokenizer's knows the token.
+            # The model's configuration has the ID that ends a text. Where nobody has set it, the
+            # tokenizer's configuration may have the token.
             end = read_json(folder / "config.json").get("eos_token_id")
             if isinstance(end, list) and end:  # the first one ends a text
                 end = end[0]

@@ -782,7 +782,9 @@ def main(given):
                 f"{speed:,.0f} tokens/s, {speed * flops_per_token / 1e12:.3g} TFLOP/s"
             )
             print0(report)
-            stop_if_not_finite(mean_loss, report)
+            # float16 skips a step whose gradient overflows, so there only the loss must be finite
+            must_be_finite = mean_loss if scaler.is_enabled() else mean_loss + norm
+            stop_if_not_finite(must_be_finite, f"{report}, gradient norm {norm:.3g}")
             if metrics:
                 metrics.log(
                     step=step,
@@ -801,10 +803,6 @@ def main(given):
         print0(f"stopped after {step} steps, saved; go on with: {resume_command()}")
     elif not eval_only:
         print0(f"{seconds:.0f} s of training; now: python sample.py --out_dir={shlex.quote(out_dir)}")
-    if world_size > 1:
-        del parallel  # the last to hold the process group, whose threads could abort Python as it ends
-        gc.collect()
-        dist.destroy_process_group()
 
 
 def resume_command():
@@ -839,6 +837,9 @@ if __name__ == "__main__":
                 "GPT-2's size is too much without a GPU; try python train.py config/quickstart.py"
             )
         main(given)
+        if world_size > 1:
+            gc.collect()  # frees DDP, which holds the process group, whose threads could abort Python's end
+            dist.destroy_process_group()
     except (ModelError, UserError) as error:
         end(error)
     except ImportError as error:

@@ -393,6 +393,8 @@ def bench_sample(args: argparse.Namespace) -> None:
         return
     models, results = {name: make() for name, make in makers.items()}, []
     mine = models[next(iter(models))][0]
+    if mine.config.block_size < 900 + args.tokens or mine.config.vocab_size < 1000:
+        sys.exit("bench.py sample measures up to 900 tokens of prompt; take a model of GPT-2's size")
     weights = sum(p.numel() for name, p in mine.named_parameters() if "wpe" not in name)
     if args.device == "cpu":
         block = torch.ones(2**27)  # 0.5 GB, more than any cache

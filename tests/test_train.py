@@ -475,6 +475,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_checkpoint(workdir):
     assert all(tensor.isfinite().all() for tensor in good["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_stops_although_the_loss_is(workdir):
+    """Of weights that undo each other, so that only a gradient is large: its square is beyond float32."""
+    meta = json.loads((workdir / "data" / "pydocs" / "meta.json").read_text(encoding="utf-8"))
+    model = GPT(GPTConfig(32, meta["vocab_size"], 2, 2, 32, activation="relu"))
+    block = model.transformer.h[0]
+    block.ln_2.weight.data *= 1e17
+    block.mlp.c_fc.weight.data *= 1e17
+    block.mlp.c_proj.weight.data *= 1e-34
+    checkpoint = {"model": model.state_dict(), "model_args": vars(model.config), "meta": meta}
+    torch.save(checkpoint, workdir / "steep.pt")
+    args = ["--init_from=steep.pt", "--max_iters=5", "--out_dir=out/steep", "--device=cpu", "--eval_iters=2"]
+    done = run("train.py", *args, "--sample_prompt=", cwd=workdir, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert re.search(r"iter 0: loss \d.*gradient norm inf", last) and "out/steep/ckpt.pt" in last
+
+
 def test_ranks_must_divide_the_micro_batches(workdir):
     env = {"RANK": "0", "WORLD_SIZE": "4"}
     line = refused("train.py", *TINY, "--gradient_accumulation_steps=6", cwd=workdir, env=env)
