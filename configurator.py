@@ -138,7 +138,8 @@ def run_config_file(path, known):
 
 
 def override(key, value, known, is_text=False):
-    """{key: value}, checked and converted; for a key of nanoGPT, the settings that it means here, if any.
+    """{key: value}, checked and converted; for decay_lr of nanoGPT, the settings that it means here.
+    nanoGPT's keys that have no use come back as they are; configure takes them out.
 
     known: what read_settings returns; is_text: whether value is the text of a flag, still to be converted
     Raises UserError, with the key, the wanted type and the value.

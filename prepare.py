@@ -116,6 +116,7 @@ NAMES = [*CORPORA, *GPT2_SIZES]
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 MAX_VOCAB = 65536  # what uint16 can count
+BPE_VOCAB = 4096  # entries of a bpe vocabulary, unless --vocab_size says otherwise
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
 PIECE = 1_000_000
@@ -582,7 +583,8 @@ def tokenizer_of_folder(folder):
             if end not in vocab.values():
                 token = read_json(folder / "tokenizer_config.json").get("eos_token")
                 end = vocab.get(token["content"] if isinstance(token, dict) else token)
-            tokenizer = BPETokenizer(description, end)
+            if end not in (None, tokenizer.end_of_text):
+                tokenizer = BPETokenizer(description, end)
     else:
         vocab = read_json(folder / "vocab.json")
     # GPT-2's vocabulary is recognized by its tokens, in the order of their IDs.
@@ -769,8 +771,6 @@ class TextFiles:
                 columns = {"text", "messages", "instruction", "input", "output"}
                 records = read_parquet(path, {self.text_key} if self.text_key else columns)
             if records is None:
-                if self.text_key and suffix == ".json":
-                    raise UserError(f"{path} has no objects for --text_key: no array of them, nor one a line")
                 yield from split_at_ends(self.read_text(path))
                 continue
             for place, record in records:
@@ -828,12 +828,17 @@ class TextFiles:
                     yield f"line {number}", line
 
     def read_json(self, path):
-        """(place, object) of an array of objects. None for any other file, which is read as plain text."""
+        """(place, object) of an array of objects, or of an object a line.
+
+        None for any other file, which is read as plain text. Raises UserError if it should have a --text_key.
+        """
         with self.open(path) as file:
             text = file.readline(LONGEST) + file.read(1000)
             if re.match(r"\{[^\n]*\}\s*\n\s*\{", text):  # an object a line: a .jsonl under another name
                 return self.read_jsonl(path)
             if not re.match(r"\s*\[\s*[{\]]", text):
+                if self.text_key:
+                    raise UserError(f"{path} has no objects for --text_key: no array of them, nor one a line")
                 return None
             text += file.read(LONGEST)
             check_length(text, file, "the array")
@@ -1207,7 +1212,7 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
     return meta
 
 
-def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=4096):
+def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=BPE_VOCAB):
     """Tokenize documents into data/<name>/. They are read twice. Raises UserError.
 
     sources: as in new_folder
@@ -1445,7 +1450,7 @@ def prepare(args):
     name = dataset_name(args)
     kind, file = CORPORA.get(what, ("char", None))
     kind = args.tokenizer or kind
-    if args.vocab_size != 4096 and kind != "bpe":
+    if args.vocab_size != BPE_VOCAB and kind != "bpe":
         say("--vocab_size is only for --tokenizer=bpe: here it changes nothing", sys.stderr)
     if not 257 <= args.vocab_size <= MAX_VOCAB:  # at least the 256 bytes and <|endoftext|>
         raise UserError("--vocab_size must lie between 257 and 65536")
@@ -1500,7 +1505,7 @@ def main():
         help="char, word, gpt2, bpe, or whose to take: a dataset's folder, a checkpoint or a tokenizer.json; "
         "default: the corpus's, else char",
     )
-    add("--vocab_size", type=int, default=4096, help="entries of a bpe vocabulary (%(default)s)")
+    add("--vocab_size", type=int, default=BPE_VOCAB, help="entries of a bpe vocabulary (%(default)s)")
     add("--val_fraction", type=float, default=0.1, help="part of the text for validation (%(default)s)")
     add("--name", help="name of the folder in data/; default: the name of the corpus or of the first file")
     add("--shards", type=int, default=1, help="shards of fineweb, 100M tokens each (%(default)s)")
