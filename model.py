@@ -77,7 +77,8 @@ class GPTConfig:
     def __post_init__(self):
         for name, value in vars(self).items():  # a file may hold values of any type
             kind = GPTConfig.__annotations__[name]
-            # a whole number may stand for another, but True, which Python counts among them, may not
+            # an int may stand where a float or a bool is wanted; but True, which Python counts as an int, is
+            # no number
             if not isinstance(value, kind | int) or (isinstance(value, bool) and kind in (int, float)):
                 raise ModelError(f"{name} cannot be {value!r:.40}")
             if value not in FIELD_CHOICES.get(name, [value]):
@@ -258,7 +259,7 @@ def next_token_probs(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature < 1e-30:  # 0, or less than float32 can divide by
         temperature, top_k = 1.0, 1  # greedy: only the likeliest token is left
     # the largest becomes 0, so that nothing overflows
-    logits = (logits - logits.amax(-1, keepdim=True)).float() / temperature
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         kept, ids = logits.topk(min(top_k, logits.size(-1)))
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, kept)
@@ -378,7 +379,7 @@ class GPT(nn.Module):
 
     # -- generation ------------------------------------------------------------------------------------------
 
-    compiled_step = None  # a faster next_logits, which optimize_for_generation in sample.py sets
+    compiled_step = None  # whoever generates may put a faster next_logits here, for one token at a time
 
     @torch.no_grad()
     def generate_stream(
@@ -406,9 +407,9 @@ class GPT(nn.Module):
         """
         block_size = self.config.block_size
         if not (idx.dim() == 2 and idx.numel() and idx.dtype == torch.int64):
-            raise ModelError("generation needs a prompt (B, T) of int64")
-        if not 1 <= slide <= block_size or value_or(vocab_size, 1) < 1:
-            raise ModelError("slide must be from 1 to block_size, and vocab_size at least 1")
+            raise ModelError("generation needs a prompt (B, T) of int64, with at least one token")
+        if not 1 <= slide <= block_size or value_or(vocab_size, 1) < 1 or max_new_tokens < 0:
+            raise ModelError("slide must be from 1 to block_size, vocab_size at least 1, max_new_tokens 0")
         # a compiled step is compiled for one S, the largest
         cache_size = block_size if self.compiled_step else min(block_size, idx.size(1) + max_new_tokens)
         cache = KVCache(self.config, idx.size(0), cache_size, self.lm_head.weight)
@@ -419,8 +420,9 @@ class GPT(nn.Module):
                 # the last block_size + 1 - slide tokens stay; their positions change, so all are new
                 new = idx = idx[:, slide - 1 - block_size :]
             cache.extend(torch.arange(idx.size(1) - new.size(1), idx.size(1), device=idx.device))
-            one_token = new.size(1) == 1
-            step = self.compiled_step if one_token and self.compiled_step else self.next_logits
+            step = self.next_logits
+            if new.size(1) == 1 and self.compiled_step:
+                step = self.compiled_step
             with sdpa_kernel(GENERATION_KERNELS):
                 logits = step(new, cache)  # (B, V)
             probs = next_token_probs(logits[:, :vocab_size], temperature, top_k, top_p)  # (B, V)
@@ -481,7 +483,7 @@ class GPT(nn.Module):
             config = GPTConfig(**(checkpoint["model_args"] | changes))
             for name, tensor in checkpoint["model"].items():
                 name = name.removeprefix("_orig_mod.")  # the prefix of a compiled model
-                if not name.startswith(("transformer.", "lm_head.")):  # the first files of Hugging Face
+                if not name.startswith(("transformer.", "lm_head.")):  # Hugging Face's first files lack it
                     name = f"transformer.{name}"
                 if name == "transformer.wpe.weight":
                     tensor = tensor[: config.block_size]  # a shorter context drops the last positions
@@ -510,9 +512,10 @@ class GPT(nn.Module):
 
     from_pretrained = from_checkpoint  # a Hugging Face folder is a checkpoint too
 
-    def save_pretrained(self, dir: str) -> None:
+    def save_pretrained(self, dir: str, end_of_text: int | None = None) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
 
+        end_of_text: the ID that begins, ends and pads texts, as in GPT-2; only the tokenizer knows it
         Raises ModelError, which names the field, if the architecture is not GPT-2's.
         """
         from safetensors.torch import save_file
@@ -527,8 +530,9 @@ class GPT(nn.Module):
             "model_type": "gpt2",
             "architectures": ["GPT2LMHeadModel"],
             "activation_function": activations[config.activation],
-            "bos_token_id": None,  # only the tokenizer knows these two
-            "eos_token_id": None,
+            "bos_token_id": end_of_text,
+            "eos_token_id": end_of_text,
+            "pad_token_id": end_of_text,
         }
         # named_parameters leaves out the output layer if it is the token embedding
         weights = {name: transposed(name, p.data) for name, p in self.named_parameters()}
@@ -556,7 +560,7 @@ def newton_schulz(x):
     tall = x.size(1) > x.size(2)
     if tall:
         x = x.mT
-    if x.is_cuda or cpu_prefers_bfloat16():
+    if pick_dtype("auto", x.device.type, training=True) == "bfloat16":
         x = x.bfloat16()
     x = F.normalize(x, dim=(1, 2), eps=1e-7)  # the iteration converges if the norm is at most 1
     for _ in range(5):
@@ -765,8 +769,7 @@ def cpu_prefers_bfloat16():
     An Intel CPU with AVX-512 BF16 but no AMX needs 1.6 times as long for a step as in float32. A CPU without
     either needs many times as long.
     """
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # missing in older releases of torch
-    abilities = get_capabilities()
+    abilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases of torch
     amd = "AMD" in abilities.get("cpu_name", "")
     return abilities.get("amx_bf16") or (amd and abilities.get("avx512_bf16"))
 

@@ -24,7 +24,7 @@ init_from = "scratch"  # scratch, resume, auto (resume if there is a run), gpt2.
 # data
 dataset = "pydocs"  # a folder of data/
 data_order: Literal["random", "epoch"] = "random"  # random offsets, or shuffled windows without replacement
-stride: int | None = None  # tokens between windows of data_order=epoch; None: block_size
+stride: int | None = None  # tokens from one window's start to the next in an epoch; None: block_size
 gradient_accumulation_steps = 1  # micro-batches per step, of all processes together
 batch_size = 12  # windows per micro-batch
 block_size = 1024  # tokens per window: the longest context
@@ -69,14 +69,15 @@ tensorboard = False  # also write the numbers of metrics.jsonl for tensorboard -
 sample_prompt: str | None = None  # continued at each evaluation; None: val.bin's first tokens; "": no sample
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once until there is something to save
+    # until there is something to save, Ctrl-C ends it at once; a script's background command ignores Ctrl-C
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # this sets the names above, from a config file and --key=value; it comes before the slow imports, so that
     # --help answers at once
     given = configure(globals())
 
 import ctypes
 import gc
-import importlib
 import io
 import json
 import math
@@ -135,7 +136,7 @@ def count_windows(tokens, block_size, stride):
     """How many windows there are if one begins every stride tokens.
 
     A window has block_size inputs, and one more token for the last target. The last window may reach beyond
-    the end of the data, but it must have a token that no other window has.
+    the end of the data, but it must have a target that no other window has.
     """
     return math.ceil((tokens - 1 - max(block_size, stride)) / stride) + 1
 
@@ -190,9 +191,11 @@ def get_batch(data, mask, starts, block_size, device):
     if learned.any():  # if none counts, the loss weighs 0 later; the mean over no targets would be NaN
         y = np.where(learned, y, -1)
     batch = torch.from_numpy(np.stack((x, y)))  # (2, B, T)
-    if device == "cuda":
+    pinned = device == "cuda"
+    if pinned:
         batch = batch.pin_memory()  # then the copy need not wait for the GPU, which is still busy
-    return *batch.to(device, non_blocking=True), int(learned.sum())
+    # without pinned memory the copy must be waited for, or it may read what Python has freed by then
+    return *batch.to(device, non_blocking=pinned), int(learned.sum())
 
 
 # -- pieces of the loop --------------------------------------------------------------------------------------
@@ -438,7 +441,8 @@ def load_start(run, given):
             if name in FIXED and (resume or name != "block_size" or new > old):
                 raise UserError(f"{name}={new!r}, but the checkpoint has {name}={old!r}")
             warn(f"from here on {name}={new!r}, not {old!r}")
-        leader = FOLLOWS.get(name, name)  # what is given wins over the checkpoint
+        # the checkpoint's value is taken, unless this setting is given, or a new value of the one it follows
+        leader = FOLLOWS.get(name, name)
         if leader not in given or given[leader] == saved.get(leader):
             globals().update(override(name, new, SETTINGS))
     return checkpoint, weights, resume
@@ -476,7 +480,8 @@ def start_machine():
         if backend == "auto":
             chosen = dist.get_default_backend_for_device(use_device)  # nccl for CUDA, gloo for CPUs
         # DDP would import it later, and its default arguments would keep the process group to the last
-        importlib.import_module("torch.distributed.nn.functional")
+        from torch.distributed.nn import functional  # noqa: F401
+
         with user_error("cannot connect to the other processes; start them all with torchrun"):
             dist.init_process_group(chosen, timeout=timedelta(seconds=dist_timeout))
     use_dtype = pick_dtype(dtype, use_device, training=True)
@@ -486,7 +491,7 @@ def start_machine():
         # this switch also applies to CPUs, where the backward pass of fused attention is slow in bfloat16
         torch.backends.cuda.enable_flash_sdp(use_dtype == "float32")
         if sys.platform == "linux":
-            # let glibc keep freed memory for the next step: page faults took 30% of a step on some machines
+            # let glibc keep freed memory for the next step: page faults took up to 30% of a step elsewhere
             libc = ctypes.CDLL(None)
             libc.mallopt(-3, 32_000_000)  # M_MMAP_THRESHOLD, which may be 32 MiB at most
             libc.mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
@@ -544,7 +549,8 @@ def restore(optimizers, scaler, checkpoint):
                     if not state:  # there is none before the first step
                         continue
                     for key in STATE.get(type(opt).__name__, state):
-                        shape = () if key in ("step", "mu_product") else p.shape  # the latter is NAdam's
+                        # mu_product is NAdam's, the optimizer that the README adds
+                        shape = () if key in ("step", "mu_product") else p.shape
                         if state[key].shape != shape:
                             raise ValueError(f"{key} of {name} has another shape")
                         opt.state[p][key] = p.new_empty(shape).copy_(state[key])
@@ -642,7 +648,7 @@ def main(given):
         check_unchanged(run, resume, step)
         metrics.write_all()  # a run that cannot write ends here
     for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP (not on Windows), SIGINT and SIGTERM
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN and not eval_only:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
     print0(
         f"{model.num_params():,} parameters on {use_device}, {use_dtype}\n"
@@ -654,12 +660,11 @@ def main(given):
         compile_now(parallel, use_device, autocast)
     gc.freeze()  # what exists now stays, and garbage is collected only at evaluations: it could delay a step
     gc.disable()
-    bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)
+    bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)  # None: on a terminal only
 
     # -- the loop: evaluate, save, step, log
     stopping, saved = False, True  # saved: False if the last checkpoint could not be written
     logged_tokens, logged_seconds = tokens, seconds
-    flops_per_token = model.flops_per_token()
     while True:
         # evaluate: at the start, every eval_interval steps and at the end, always on the same windows
         improved = False
@@ -730,17 +735,18 @@ def main(given):
                     saved = False
                     if world_size == 1:  # try again as soon as a loss is below that of the file
                         best_val_loss = loss_to_beat(run / "best.pt", measured_by)
-        if ends and not saved:
-            raise UserError("the end of the run is lost, because ckpt.pt or best.pt could not be written")
         if ends:
+            if not saved:
+                raise UserError("the end of the run is lost, because ckpt.pt or best.pt could not be written")
             break
 
         # step: its learning rate, batch and dropout depend only on the seed and the step
         started = time.perf_counter()
         lr = get_lr(step, learning_rate, lowest_lr, warmup_iters, decay_iters, lr_schedule)
-        for opt, peak in zip(optimizers, (learning_rate, muon_learning_rate), strict=False):
+        for opt in optimizers:
             for group in opt.param_groups:
-                group["lr"] = peak * lr / (learning_rate or 1)  # Muon's rate follows the curve of AdamW's
+                # an optimizer's default is its peak; Muon's rate follows the curve of AdamW's
+                group["lr"] = opt.defaults["lr"] * lr / (learning_rate or 1)
         # each process draws different dropout, and no random state has to be saved
         torch.manual_seed(np.random.default_rng((seed, step, rank)).integers(2**63))
         starts = batch_starts(step, rows, len(train_data), block_size, seed, apart)
@@ -759,7 +765,7 @@ def main(given):
         for opt in optimizers:
             scaler.unscale_(opt)
         grad_norm = clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if not scaler.is_enabled() or grad_norm.isfinite():  # float16 skips a step that overflowed
+        if not scaler.is_enabled() or grad_norm.isfinite():  # float16 skips a step that overflowed, for both
             for opt in optimizers:
                 scaler.step(opt)
         scaler.update()  # which lowers the scale after an overflow
@@ -767,23 +773,25 @@ def main(given):
         tokens += rows * block_size
         bar.update()
 
-        # log; several processes agree to stop only here; item() waits for the GPU, before the clock is read
+        # log; several processes agree to stop only here
         logs = step % log_interval == 0 or (stop_requested and world_size == 1)
         if logs:
             mean_loss, stopping = sum_over_processes(
                 [loss_sum.item() / world_size, bool(stop_requested)], use_device
             )
+        elif (step + 1) % eval_interval == 0:
+            grad_norm.item()  # wait for the GPU, or the evaluation would, whose time does not count
         seconds += time.perf_counter() - started
         if logs:
             norm = grad_norm.item()
             speed = (tokens - logged_tokens) / (seconds - logged_seconds)  # tokens a second
             report = (
                 f"iter {step}: loss {mean_loss:.4f}, lr {lr:.3g}, "
-                f"{speed:,.0f} tokens/s, {speed * flops_per_token / 1e12:.3g} TFLOP/s"
+                f"{speed:,.0f} tokens/s, {speed * model.flops_per_token() / 1e12:.3g} TFLOP/s"
             )
             print0(report)
-            # float16 skips a step whose gradient overflows, so there only the loss must be finite
-            must_be_finite = mean_loss if scaler.is_enabled() else mean_loss + norm
+            # float16 skips a step whose gradient overflows, and lowers its scale, which is 1 without float16
+            must_be_finite = mean_loss if scaler.get_scale() > 1 else mean_loss + norm
             stop_if_not_finite(must_be_finite, f"{report}, gradient norm {norm:.3g}")
             if metrics:
                 metrics.log(
@@ -838,6 +846,7 @@ if __name__ == "__main__":
             )
         main(given)
         if world_size > 1:
+            gc.unfreeze()
             gc.collect()  # frees DDP, which holds the process group, whose threads could abort Python's end
             dist.destroy_process_group()
     except (ModelError, UserError) as error:
@@ -846,7 +855,7 @@ if __name__ == "__main__":
         end(f"{error}; pip install {error.name}")
     except OSError as error:
         end(f"cannot write or read: {error}")
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         end(f"out of memory with {batch_size=}: halve it and double {gradient_accumulation_steps=}")
     except RuntimeError as error:
         # a lost process raises the same type of error as any bug; if a barrier fails too, one is lost

@@ -92,6 +92,20 @@ def test_the_whole_split_predicts_each_token_once(tokens, block_size):
     assert torch.equal(x[y >= 0] + 1, y[y >= 0]) and (x >= 0).all()
 
 
+@pytest.mark.parametrize("device", ["mps", "cpu"])
+def test_a_copy_that_is_not_pinned_is_waited_for(monkeypatch, device):
+    """On an Apple GPU, a copy that goes on behind Python's back would read memory that is free again."""
+    calls = []
+
+    def to(tensor, *args, **options):
+        calls.append((args, options))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    train.get_batch(np.arange(100, dtype=np.uint16), np.ones(100), np.array([0, 1]), 4, device)
+    assert calls == [((device,), {"non_blocking": False})]
+
+
 def test_windows_as_published(reference):
     published = reference["windows"]
     firsts = published["block_size_4_stride_4_first_eight_inputs"]
