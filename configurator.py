@@ -7,6 +7,9 @@ your rights, so run only config files that you have read. A setting has the type
 annotation if it has one (`min_lr: float | None = None`).
 """
 
+# Config files are compiled with this too: so Python 3.14 keeps their annotations as the older ones do.
+from __future__ import annotations
+
 import difflib
 import math
 import os
@@ -76,7 +79,7 @@ def configure(settings, argv=None):
 def read_flag(flag, known):
     """{key: value} of --key=value. Raises UserError."""
     key, equals, text = flag.removeprefix("--").partition("=")  # the text may hold more = signs
-    if not flag.startswith("--") or not equals:
+    if not (flag.startswith("--") and equals):
         raise UserError(f"flags are written --key=value, not {flag!r}")
     return override(key, text, known, is_text=True)
 
@@ -114,11 +117,11 @@ def help_text(settings, known):
 
 def run_config_file(path, known):
     """Run a config file and return the settings that it makes. Raises UserError, with file and line."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: No such file or directory (flags are written --key=value)")
     namespace = {"__file__": path}  # not the script's
     try:
         exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
-    except OSError as error:
-        raise UserError(f"no config file {path}: {error.strerror} (flags are written --key=value)") from None
     except Exception as error:  # a config file is a program and can raise any error
         # the frame after this one is the config file's; there is none if it could not be compiled
         line = getattr(error.__traceback__.tb_next, "tb_lineno", getattr(error, "lineno", None))
