@@ -41,8 +41,8 @@ from configurator import UserError
 
 # -- names and addresses -------------------------------------------------------------------------------------
 
-# (URL, SHA-256 of what is there): a file that has changed since is refused. A text or vocabulary of its own
-# goes here.
+# (URL, SHA-256 of what is there): a file that has changed since is refused. To add a text, put its address and
+# its checksum here.
 TINY_SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -164,8 +164,6 @@ def download(url, path, sha256=None):
     A broken transfer is resumed from path.part, in this call or the next. Raises UserError.
     """
     path = Path(path)
-    if is_whole(path, sha256):
-        return
     addresses = [url]
     mirror = os.environ.get("PLAINGPT_MIRROR")  # for machines without a network, and for the tests
     if mirror:
@@ -216,21 +214,21 @@ def fetch(address, part):
             headers["If-Range"] = version.read_text()
     # The timeout is that of the next bytes: a large file may take hours in total.
     with requests.get(address, headers=headers, stream=True, timeout=30) as response:
-        # 206 is the rest of the file, 200 all of it. 416 says that part is longer than the file, so it may be
-        # another file, and the next try begins anew, as it does after another rest than that asked for.
+        # 206: the rest of the file, to be appended. 200: the whole file. 416: part is longer than the file, so
+        # it belongs to another one; then the next try begins anew, as after another rest than that asked for.
         status = response.status_code
         asked = f"bytes {start}-"
         rest = status == 206 and response.headers.get("Content-Range", asked).startswith(asked)
         if status in (200, 206, 416) and not rest:
             part.unlink(missing_ok=True)
+            version.unlink(missing_ok=True)
         if status != 200 and not rest:
             raise OSError(f"the answer was {status} {response.reason}")
         found = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if found:
             write_file(version, found.encode())
         # Some servers do not say how long the file is. Then only the checksum shows that something is missing.
-        length = response.headers.get("Content-Length", "")
-        left = int(length) if length.isdecimal() else None
+        left = int(response.headers.get("Content-Length", 0))  # bytes to come, for the progress bar
         with (
             open(part, "ab") as file,
             tqdm.wrapattr(file, "write", left, desc=part.stem, disable=None) as bar,
@@ -242,7 +240,7 @@ def fetch(address, part):
 
 def is_whole(path, sha256):
     """Whether the file exists and has the checksum, if one is known."""
-    return path.is_file() and sha256 in (None, file_sha256(path))
+    return path.is_file() and (sha256 is None or file_sha256(path) == sha256)
 
 
 def cached(url, sha256=None):
@@ -437,6 +435,8 @@ class BPETokenizer(Tokenizer):
                 raise UserError(f"end-of-text has the ID {end_of_text!r:.20}, which the vocabulary lacks")
             # meta must hold it too, so that the same tokenizer is loaded again.
             self.meta["end_of_text"] = self.end_of_text = end_of_text
+        if self.unknown == self.end_of_text:  # then its ID does not show that something is unknown
+            self.unknown = None
 
     @classmethod
     def trained(cls, texts, vocab_size):
@@ -462,10 +462,10 @@ class BPETokenizer(Tokenizer):
     def encode(self, text):
         if text == END_OF_TEXT and self.end_of_text is not None:
             return [self.end_of_text]  # another vocabulary may write it as </s>
-        with user_error("this vocabulary lacks something in the text"):
+        with user_error(f"{text!r:.40} has something that this vocabulary lacks"):
             # The package's fastest method: it does not track places in the text.
             ids = self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if self.unknown in ids and self.unknown != self.end_of_text:
+        if self.unknown in ids:
             encoding = self.bpe.encode(text, add_special_tokens=False)
             start, end = encoding.offsets[ids.index(self.unknown)]
             raise UserError(f"{text[start:end]!r:.40} is not in the vocabulary")
@@ -473,6 +473,14 @@ class BPETokenizer(Tokenizer):
 
     def decode(self, ids):
         return self.bpe.decode(ids, skip_special_tokens=False)
+
+
+def fetch_gpt2_vocabulary():
+    """Fetch GPT-2's vocabulary for later, because the machine that trains may have no network."""
+    try:
+        GPT2Tokenizer().encode("")
+    except UserError as error:
+        say(f"GPT-2's vocabulary is still missing: {error}", sys.stderr)
 
 
 def fixed_tokenizer(kind):
@@ -492,9 +500,9 @@ def fixed_tokenizer(kind):
 def check_characters(tokenizer, characters):
     """Raises UserError, which names the character, if a vocabulary from elsewhere would lose one of a text."""
     for char in sorted(characters):
-        kept = tokenizer.decode(tokenizer.encode(char)).strip()
-        # It is lost, or becomes another, such as its lower case. A word would be <|unk|>, which is counted.
-        if kept != char.strip() and tokenizer.keeps_text:
+        # Its IDs are taken twice, because some vocabularies drop a space before a text. A character may be
+        # lost, or become another, such as its lower case. A word would be <|unk|>, which is counted.
+        if tokenizer.keeps_text and char not in tokenizer.decode(2 * tokenizer.encode(char)):
             raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
 
 
@@ -587,11 +595,9 @@ def tokenizer_of_folder(folder):
                 tokenizer = BPETokenizer(description, end)
     else:
         vocab = read_json(folder / "vocab.json")
-    # GPT-2's vocabulary is recognized by its tokens, in the order of their IDs.
-    with user_error(f"{folder}/vocab.json is damaged"):
-        tokens = "\n".join(sorted(vocab, key=vocab.get))
-        sha256 = hashlib.sha256(tokens.encode()).hexdigest()
-    if sha256 == "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f":
+    # GPT-2's vocabulary, {token: ID}, is recognized by its checksum.
+    sha256 = hashlib.sha256(json.dumps(vocab, sort_keys=True).encode()).hexdigest()
+    if sha256 == "855ec41a9d90094ebb1189ee8082e915505cf2dfe0691a4f39da9c020f9476b2":
         return GPT2Tokenizer()
     if not description:
         raise UserError(f"{folder} has no tokenizer.json, so nothing says what its IDs mean: add that file")
@@ -703,9 +709,9 @@ def render(messages):
 def as_messages(example):
     """The conversation of an example: its instruction, its input if there is one, and its output."""
     question = example["instruction"]
-    given = example.get("input")
-    if given is not None and clean(given).strip():
-        question += f"\n\n### Input:\n{given}"
+    context = example.get("input")
+    if context is not None and clean(context).strip():
+        question += f"\n\n### Input:\n{context}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": example["output"]}]
 
 
@@ -737,11 +743,11 @@ class NotText(UserError):
 def check_head(path, head):
     """Raises NotText if a file that begins with these bytes is not UTF-8 text."""
     # A PDF, the byte order marks of UTF-16, or NUL.
-    found = re.search(rb"\A(?:%PDF|\xff\xfe|\xfe\xff)|\0", head)
+    found = re.search(rb"\A(?:%PDF-|\xff\xfe|\xfe\xff)|\0", head)
     if not found:
         return
     problem = "it is not text"
-    # Of the two bytes of a character in UTF-16, one is nearly always the same.
+    # In UTF-16, one of the two bytes of a character takes few values.
     few, many = sorted((len(set(head[::2])), len(set(head[1::2]))))
     if many > 3 * few or head.startswith((b"\xff\xfe", b"\xfe\xff")):
         problem = "it looks like UTF-16; add --encoding=utf-16, or --encoding=utf-16-le or -be"
@@ -779,7 +785,7 @@ class TextFiles:
                     documents = self.documents_of(record)
                 except Exception as error:
                     raise UserError(
-                        f"{path}, {place}: no text under --text_key, and no conversation: {error!r:.300}"
+                        f"{path}, {place}: no text under --text_key, and no conversation: {error!s:.300}"
                     ) from None
                 yield from documents
 
@@ -899,19 +905,17 @@ def find_text_files(paths, encoding):
                 f"did you mean {', '.join(near)}?"
             )
     if left_out:
-        names = ", ".join(left_out[:5])
-        if len(left_out) > 5:
-            names += ", ..."
         say(
-            f"{len(left_out):,} files are not text, or are links to folders, or prepared datasets: {names}",
+            f"{len(left_out):,} files are not text, or are links to folders, or prepared datasets, such as "
+            f"{', '.join(left_out[:5])}",
             sys.stdout,
         )
     return found.values()
 
 
 def is_dataset(folder):
-    """Whether prepare.py has made a folder, which then holds our own files and no text."""
-    return (folder / "meta.json").exists()
+    """Whether prepare.py has made a folder, which then holds meta.json and other files of ours, but no text."""
+    return folder.is_dir() and {"meta.json"} <= {*os.listdir(folder)} <= DATASET_FILES
 
 
 def walk(folder):
@@ -939,7 +943,7 @@ def is_text(path, encoding):
     if suffix == ".parquet":  # its rows hold text, although its bytes are not text
         return True
     try:
-        with TextFiles([path], encoding=encoding).open(path):
+        with TextFiles([path], "replace", encoding=encoding).open(path):  # undecodable bytes are told later
             return True
     except NotText:
         return False
@@ -1079,7 +1083,7 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
                 f"{path} is truncated, or {tokens} tokens are too few for {block_size=}: prepare more text"
             )
         data = np.memmap(path, "<u2", "r")  # (tokens,), read only when it is used
-        # If meta.json does not say so: read as uint16, every second number of larger integers is 0.
+        # Without a dtype in meta.json: larger integers, read as uint16, are 0 at every second place.
         dtype = meta.get("dtype")
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
@@ -1117,11 +1121,9 @@ def new_folder(name, tokenizer, sources):
     folder = Path(os.path.realpath(f"data/{name}"))  # if it is a link, the link stays as it is
     new = folder.with_name(f".{name}.new")
     old = folder.with_name(f".{name}.old")
-    if folder.exists():
-        found = set(os.listdir(folder))
-        # Without meta.json, a train.bin is from another program. An empty folder may be replaced.
-        if found and not {"meta.json"} <= found <= DATASET_FILES:
-            raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
+    # Without meta.json, a train.bin is from another program. An empty folder may be replaced.
+    if folder.exists() and os.listdir(folder) and not is_dataset(folder):
+        raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
     meta = {
         "dataset": name,
         "tokenizer": tokenizer.meta,
@@ -1136,16 +1138,18 @@ def new_folder(name, tokenizer, sources):
         try:
             for path in new.iterdir():
                 path.unlink()  # what a killed run left
-            shutil.rmtree(old, ignore_errors=True)
             yield new, meta
             (new / "meta.json").write_text(json.dumps(meta, indent=1))
             # A folder cannot be renamed over one with files, so the old one is moved away first.
             if folder.exists():
                 say(f"data/{name} is replaced", sys.stderr)
+                shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
             new.rename(folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                old.rename(folder)  # this run, or one that was killed, ended between the two renames
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1289,6 +1293,7 @@ def prepare_fineweb(name, shards):
         # Memory-mapped, because a hundred shards would not fit into memory.
         ids.append((split, None, np.memmap(path, "<u2", "r", FINEWEB_HEADER)))
     write_bins(name, ids, GPT2Tokenizer, sources)
+    fetch_gpt2_vocabulary()
 
 
 # -- OpenAI's weights ----------------------------------------------------------------------------------------
@@ -1317,6 +1322,7 @@ def prepare_gpt2(name, size):
         with user_error(f"cannot write {checkpoint}, is the disk full?"):
             torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
     shutil.rmtree(path.parent)  # these files are as large, and no longer needed
+    fetch_gpt2_vocabulary()
     say(f"{checkpoint} is ready for --init_from={name}", sys.stdout)
 
 
@@ -1429,7 +1435,7 @@ def dataset_name(args):
     if name in NAMES and args.what != [name]:
         raise UserError(f"{name} is the name of a corpus; choose another --name for your own text")
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--name={name} may only have letters, digits, '_', '-' and '.'")
+        raise UserError(f"give a --name of letters, digits, '_', '-' and '.', not {name!r}")
     return name
 
 
@@ -1513,12 +1519,15 @@ def main():
     add("--encoding", default="utf-8", help="encoding of the text (%(default)s)")
     add("--errors", choices=["strict", "replace"], default="strict", help="what to do with undecodable bytes")
     speak_utf8()  # before --help or a mistake is printed
-    signal.signal(signal.SIGINT, interrupt)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script's background command ignores Ctrl-C
+        signal.signal(signal.SIGINT, interrupt)
     # Every mistake ends here, in one line and an exit status of 1.
     try:
-        return prepare(parser.parse_args())
+        return prepare(parser.parse_intermixed_args())  # options may stand between paths
     except UserError as error:
         reason = error
+    except ImportError as error:
+        reason = f"{error}; pip install {error.name}"
     except MemoryError:
         reason = "out of memory; nothing half-done is left"
     except OSError as error:

@@ -168,6 +168,32 @@ def test_what_a_vocabulary_cannot_express_is_named(tmp_path, monkeypatch, kind, 
     assert dataset(tmp_path)[1].replace(" ", "") == (TEXT * 30).replace(" ", "")
 
 
+@pytest.mark.parametrize("char", ["\n", " "])
+def test_a_vocabulary_that_loses_white_space_is_refused(tmp_path, monkeypatch, char):
+    """T5's makes spaces of line breaks."""
+    monkeypatch.chdir(tmp_path)
+    description = prepare.BPETokenizer.trained([TEXT], 300).meta["json"]
+    description["normalizer"] = {"type": "Replace", "pattern": {"String": char}, "content": ","}
+    Path("tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(prepare.UserError, match=re.escape(repr(char))):
+        prepare.write_dataset("never", [[TEXT * 30]], [], "tokenizer.json")
+
+
+def test_ends_of_documents_are_no_unknown_words(tmp_path, monkeypatch, capsys):
+    """Some vocabularies write what they do not know as end-of-text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.chdir(tmp_path)
+    vocab = {char: i for i, char in enumerate([*sorted(set(TEXT)), "<|endoftext|>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, "<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save("tokenizer.json")
+    prepare.write_dataset("it", [[TEXT * 30], [TEXT]], [], "tokenizer.json")
+    assert "lacks" not in capsys.readouterr().out
+    with pytest.raises(prepare.UserError, match="'Z'"):
+        prepare.write_dataset("never", [[TEXT * 30], ["Z"]], [], "tokenizer.json")
+
+
 def test_unknown_words_are_counted(tmp_path):
     for name, text in (("a", "to be or not " * 20), ("b", "to be or nought " * 20)):
         (tmp_path / f"{name}.txt").write_text(text)
