@@ -3,7 +3,7 @@
 python sample.py --out_dir=out/quickstart --start="The for statement"
 python sample.py --init_from=out/quickstart/ckpt.pt --start=FILE:prompt.txt --num_samples=3 --temperature=0
 python sample.py --init_from=gpt2 --start="The capital of France is" --show_probs=True
-python sample.py --out_dir=out/quickstart --start="The for statement" --max_new_tokens=200 --page=look.html
+python sample.py --out_dir=out/quickstart --start="The for statement" --max_new_tokens=110 --page=look.html
 python sample.py --out_dir=out/instructions --chat=True
 """
 
@@ -19,9 +19,9 @@ num_samples = 1  # how many texts for each prompt, generated together
 max_new_tokens = 500  # tokens in each text
 temperature = 0.8  # below 1: more of what is likely; above 1: more variety; 0: always the likeliest token
 top_k: int | None = 200  # choose among this many likeliest tokens; None: all
-top_p: float | None = None  # choose among the likeliest tokens with this total probability; None: all
+top_p: float | None = None  # choose among the likeliest tokens that together have this probability; None: all
 stop = ""  # end a text before this; end-of-text always ends it
-slide: int | None = None  # tokens by which a full context moves on; None: a quarter of it; 1: exact, slow
+slide: int | None = None  # oldest tokens that a full context drops; None: a quarter of it; 1: exact, slow
 page = ""  # also write a .html file that shows what the model saw
 chat = False  # answer each line of standard input; /new forgets what was said before
 export = ""  # instead of a text: a new folder with model and tokenizer for transformers
@@ -32,7 +32,9 @@ dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloa
 compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: no, it takes longer than a text
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    # Ctrl-C ends it without a word; a script's background command ignores Ctrl-C
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     configure(globals())  # before the slow imports, so that --help and a mistyped key answer at once
 
 import base64
@@ -42,6 +44,7 @@ import sys
 import tempfile
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,7 +65,6 @@ from prepare import (
     as_hugging_face,
     clean,
     give_up,
-    read_json,
     render,
     say,
     speak_utf8,
@@ -75,6 +77,7 @@ from prepare import (
 
 # The largest batch, in numbers: keys, values and some logits of each text. In float32 it takes 8 GB.
 BATCH_NUMBERS = 2 << 30
+OVERFLOW = "the model's numbers overflow in this precision; try --dtype=float32"
 
 # -- where text goes -----------------------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ def find_checkpoint():
         path = Path(out_dir, name)
         if path.exists():
             return str(path)
-    raise UserError(f"there is no {out_dir}/best.pt; train a run first, or name one by --out_dir")
+    raise UserError(f"there is no {out_dir}/best.pt, and no ckpt.pt: train a run, or name one by --out_dir")
 
 
 def input_lines():
@@ -123,18 +126,18 @@ def read_prompts():
     path = Path(os.path.expanduser(name))
     if not path.is_file():  # reading a pipe could wait for ever
         raise UserError(f"{path}: there is no such file")
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        text = clean(file.read())  # which refuses the bytes that are not UTF-8
+    # encode_prompt refuses the bytes that are not UTF-8
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
     if kind == "FILE":
         return [text]
     return text.removesuffix("\n").split("\n")
 
 
 def crop(model, ids):
-    """The last token IDs of a prompt, as many as the model's context holds."""
+    """The last token IDs of a text, as many as the model's context holds."""
     longest = model.config.block_size
     if len(ids) > longest:
-        note(f"the prompt is cropped to its last {longest} of {len(ids)} tokens")
+        note(f"the text is cropped to its last {longest} of {len(ids)} tokens")
     return ids[-longest:]
 
 
@@ -206,13 +209,15 @@ def print_probs(model, tokenizer, prompts):
     for _, ids in prompts:
         idx = torch.tensor([crop(model, ids)], device=model.lm_head.weight.device)  # (1, T)
         logits = model(idx)[0][0, -1, : tokenizer.vocab_size].float()  # (V,)
+        if not logits.isfinite().all():
+            raise UserError(OVERFLOW)
         probs = [(logits / t).softmax(-1) for t in (0.5, 1.0, 1.5)]
-        print("temperature 0.5           temperature 1.0           temperature 1.5           next token")
+        show("temperature 0.5           temperature 1.0           temperature 1.5           next token\n")
         for token in logits.argsort(descending=True)[:10].tolist():
             for p in probs:
                 bar = "█" * round(16 * p[token].item())
-                print(f"{p[token]:6.1%} {bar:18}", end=" ")
-            print(repr(tokenizer.decode([token])))
+                show(f"{p[token]:6.1%} {bar:18} ")
+            show(repr(tokenizer.decode([token])) + "\n")
 
 
 def generate(model, tokenizer, samples, shows):
@@ -234,7 +239,7 @@ def generate(model, tokenizer, samples, shows):
     for tokens in steps:  # each (B, 1)
         new = tokens.flatten().tolist()
         if max(new) >= tokenizer.vocab_size:  # what draw returns where probabilities are NaN
-            raise UserError("the model's numbers overflow in this precision; try --dtype=float32")
+            raise UserError(OVERFLOW)
         pieces = [sample.push(token) for sample, token in zip(samples, new, strict=True)]
         if shows:
             show(pieces[0])
@@ -265,7 +270,7 @@ def complete(model, tokenizer, prompts):
 
 
 def batches(samples, config):
-    """Lists of samples to generate together: prompts of one length, as many as fit into memory.
+    """Lists of samples to generate together: prompts of one length, and no more than BATCH_NUMBERS allow.
 
     A step reads all weights of the model, whatever the number of texts, so several texts take little longer.
     """
@@ -348,6 +353,8 @@ def look_inside(model, tokenizer, ids):
         top = logprobs.topk(min(10, tokenizer.vocab_size))
         layers.append({"ids": top.indices.tolist(), "logprobs": numbers(top.values)})
         known.update(top.indices.flatten().tolist())
+    if not logprobs.isfinite().all():
+        raise UserError(OVERFLOW)
     came = logprobs[:-1].gather(1, idx[0, 1:, None])  # (T - 1, 1), of the tokens that came
     # at another temperature the probabilities need another normalizer, a sum over the whole vocabulary
     temperatures = [step / 10 for step in range(1, 21)]
@@ -372,7 +379,7 @@ def look_inside(model, tokenizer, ids):
 
 def write_page(model, tokenizer, source, sample):
     """Write a page that needs nothing else: assets/look.html with the data of a sample. Raises OSError."""
-    ids = (sample.prompt_ids + sample.ids)[-model.config.block_size :]
+    ids = crop(model, sample.prompt_ids + sample.ids)
     data = look_inside(model, tokenizer, ids)
     data["source"] = source
     data["prompt_tokens"] = max(0, len(ids) - len(sample.ids))  # those that are still in the context
@@ -387,9 +394,9 @@ def write_page(model, tokenizer, source, sample):
 
 
 class GraphedStep:
-    """A step of one token as a CUDA graph: the GPU starts all its kernels by itself.
+    """A step of one token as a CUDA graph: one call starts all its kernels.
 
-    Started one by one from Python, they take 3.5 times as long (GPT-2 124M, bfloat16, H200).
+    Started one by one from Python, they take 3.9 times as long (GPT-2 124M, bfloat16, H200).
     """
 
     def __init__(self, step):
@@ -428,15 +435,12 @@ def optimize_for_generation(model, compiled):
     # each other, and 1M takes five times as long.
     torch.set_num_threads(min(torch.get_num_threads(), 1 + model.num_params() // 4_000_000))
     weight = model.lm_head.weight
-    step = model.next_logits
     if compiled:
         check_compiler(weight.device)
-        step = torch.compile(step, dynamic=False)
+        model.compiled_step = torch.compile(model.next_logits, dynamic=False)
     if weight.is_cuda:
         model.config.flash = False  # for one query, the fused kernel takes 1.5 times as long
-        step = GraphedStep(step)
-    if compiled or weight.is_cuda:
-        model.compiled_step = step
+        model.compiled_step = GraphedStep(model.compiled_step or model.next_logits)
 
 
 def export_folder(checkpoint, tokenizer, folder):
@@ -447,11 +451,8 @@ def export_folder(checkpoint, tokenizer, folder):
     model.config.vocab_size = tokenizer.vocab_size
     for layer in (model.transformer.wte, model.lm_head):
         layer.weight.data = layer.weight.data[: tokenizer.vocab_size]
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, tokenizer.end_of_text)
     hf_tokenizer.save(str(folder / "tokenizer.json"))
-
-    # only the tokenizer knows which ID ends a text, so save_pretrained has left it open
-    config = read_json(folder / "config.json")
     generation = {"max_length": model.config.block_size}  # otherwise transformers writes beyond the context
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -461,11 +462,10 @@ def export_folder(checkpoint, tokenizer, folder):
     if tokenizer.end_of_text is not None:
         # GPT-2 begins, ends and pads texts with the same token
         for role in ("bos", "eos", "pad"):
-            config[f"{role}_token_id"] = generation[f"{role}_token_id"] = tokenizer.end_of_text
+            generation[f"{role}_token_id"] = tokenizer.end_of_text
             about[f"{role}_token"] = hf_tokenizer.id_to_token(tokenizer.end_of_text)
     if "train_learned" in checkpoint.get("meta", {}):  # it has learned to answer
         about["chat_template"] = CHAT_TEMPLATE
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
 
@@ -475,6 +475,8 @@ def export_whole(checkpoint, tokenizer):
     folder = Path(os.path.expanduser(export))
     if folder.exists():
         raise UserError(f"{folder} is there already; --export wants a new folder")
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C then removes what is half written
     with user_error(f"{folder} cannot be written"):  # safetensors and tokenizers have their own errors
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as new:
@@ -503,8 +505,9 @@ def check_settings(tokenizer, block_size):
         raise UserError("--chat=True needs a vocabulary with end-of-text, by which an answer ends")
     if stop:
         # what the entries of the vocabulary can write, and what some of them write only together
-        ids = [*range(tokenizer.vocab_size)]
-        possible = tokenizer.decode(ids) + tokenizer.decode(tokenizer.encode(clean(stop)))
+        possible = tokenizer.decode([*range(tokenizer.vocab_size)])
+        with suppress(UserError):  # which would name the character, but not --stop
+            possible += tokenizer.decode(tokenizer.encode(clean(stop)))
         lost = set(stop) - set(possible)
         if lost:
             raise UserError(f"--stop={stop!r} never comes: this vocabulary cannot write {min(lost)!r}")
@@ -547,8 +550,10 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (MemoryError, ModelError, OSError, UserError, torch.OutOfMemoryError) as error:
+    except (ImportError, MemoryError, ModelError, OSError, UserError, torch.OutOfMemoryError) as error:
         give_up(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has had enough
             note(f"sample.py: {str(error) or 'out of memory'}")
             sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("sample.py: interrupted; nothing half-done is left")

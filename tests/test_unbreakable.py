@@ -605,8 +605,9 @@ def test_what_cannot_be_printed_ends_no_run(workdir, redirect):
     assert checkpoint["step"] == 3
 
 
-def test_sample_says_in_one_line_that_it_cannot_write(trained, workdir):
-    flags = f"--out_dir={trained} --max_new_tokens=5 --device=cpu"
+@pytest.mark.parametrize("flag", ["", "--show_probs=True"])
+def test_sample_says_in_one_line_that_it_cannot_write(trained, workdir, flag):
+    flags = f"--out_dir={trained} --max_new_tokens=5 --device=cpu {flag}"
     done = subprocess.run(
         f"{sys.executable} {REPO}/sample.py {flags} >/dev/full",
         shell=True,
@@ -616,6 +617,77 @@ def test_sample_says_in_one_line_that_it_cannot_write(trained, workdir):
     )
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("sample.py: ")
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flag", ["--max_new_tokens=5", "--show_probs=True", "--max_new_tokens=0 --page=p.html"]
+)
+def test_numbers_that_overflow_are_one_line(saved, tmp_path, flag):
+    torch.save(put(saved, ("model", WEIGHT), lambda w: w * 1e7), tmp_path / "w.pt")
+    args = [f"--init_from={tmp_path}/w.pt", "--start=The", "--device=cpu", "--dtype=float16", *flag.split()]
+    done = run("sample.py", *args, cwd=tmp_path, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.endswith("the model's numbers overflow in this precision; try --dtype=float32\n")
+    assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.parametrize("script", ["prepare.py book.txt --tokenizer=gpt2", "sample.py --init_from=hf"])
+def test_a_package_that_is_missing_is_one_line(tmp_path, script):
+    for name in ("tiktoken", "safetensors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(
+            f"raise ImportError('No module named {name}', name={name!r})"
+        )
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "book.txt").write_text("some text " * 100)
+    line = refused(*script.split(), cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert "No module named" in line
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(saved, tmp_path, monkeypatch):
+    """Ctrl-C in the middle: a slow safetensors stands for a large model."""
+    torch.save(saved, tmp_path / "w.pt")
+    (tmp_path / "safetensors").mkdir()
+    (tmp_path / "safetensors" / "__init__.py").write_text("")
+    slow = "import sys, time\ndef save_file(*args, **more): print('saves', flush=True); time.sleep(60)\n"
+    (tmp_path / "safetensors" / "torch.py").write_text(slow)
+    args = [
+        REPO / "sample.py",
+        f"--init_from={tmp_path}/w.pt",
+        f"--export={tmp_path}/new/folder",
+        "--device=cpu",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout.readline() == "saves\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and errors == "sample.py: interrupted; nothing half-done is left\n"
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_background_command_ignores_ctrl_c(workdir, tmp_path):
+    """A shell script starts commands with & so that SIGINT is ignored, which must stay so."""
+    (tmp_path / "book.txt").write_text("some text " * 100)
+    flags = f"{TINY} --max_iters=300 --out_dir={tmp_path}/out"
+    commands = [f"train.py {flags}", f"prepare.py {tmp_path}/book.txt --name=background"]
+    for command in commands:
+        process = subprocess.Popen(
+            [sys.executable, *f"{REPO}/{command}".split()],
+            cwd=workdir,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        assert process.returncode == 0
+    assert len(metrics(tmp_path / "out", "loss")) == 300
 
 
 def test_without_matplotlib_there_is_no_picture(workdir, tmp_path):
@@ -738,6 +810,15 @@ def test_parts_of_two_versions_are_not_joined(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_part_of_another_server_is_not_joined(tmp_path, server):
+    """A server that names no version begins anew, and then nobody may go on by the version of before."""
+    (tmp_path / "file.part").write_bytes(CONTENT + b"more")
+    (tmp_path / "file.part.version").write_text('"old"')
+    with pytest.raises(OSError):
+        prepare.fetch(f"{server}/file", tmp_path / "file.part")  # the answer is 416
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_download_is_not_written_through_a_link(tmp_path, server):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "file.part").symlink_to(tmp_path / "victim")
@@ -755,6 +836,37 @@ def test_a_small_file_that_unpacks_to_much_takes_little_memory(tmp_path, suffix)
     done = run_limited("RLIMIT_AS", 2 << 30, "prepare.py", str(path), cwd=tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "100,000,000 characters" in done.stderr
+
+
+def test_what_stops_between_two_renames_loses_no_dataset(tmp_path, monkeypatch):
+    """The old dataset comes back at once, and after a kill with the next run, even if that one fails."""
+    monkeypatch.chdir(tmp_path)
+    old = {}
+
+    def contents():
+        return {path.name: path.read_bytes() for path in (tmp_path / "data" / "it").iterdir()}
+
+    def write(text):
+        prepare.write_dataset("it", [[text]], [], "char")
+
+    def interrupted(path, target):
+        if path.name == ".it.new":
+            raise KeyboardInterrupt
+        return os.rename(path, target)
+
+    write("the first text " * 10)
+    old = contents()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write("another text " * 10)
+    assert contents() == old and os.listdir("data") == ["it"]
+    (tmp_path / "data" / "it").rename(tmp_path / "data" / ".it.old")  # a kill in between
+    with pytest.raises(UserError, match="would be empty"):
+        write("a")
+    assert contents() == old and os.listdir("data") == ["it"]
+    write("another text " * 10)
+    assert contents() != old and os.listdir("data") == ["it"]
 
 
 def test_links_to_folders_are_counted_and_folders_that_cannot_be_read_are_said(tmp_path):
