@@ -1,4 +1,4 @@
-# GPT-2 learns to answer instructions: a few hundred steps, for a GPU or a patient CPU.
+# GPT-2 learns to answer instructions: a hundred steps, for a GPU or a patient CPU.
 #   python prepare.py gpt2-medium && python prepare.py instructions
 #   python train.py config/finetune_instructions.py && python sample.py --out_dir=out/instructions --chat=True
 # --init_from=gpt2 is a third of the size, and answers worse.

@@ -5,6 +5,7 @@
 
 out_dir = "out/gpt2"
 dataset = "fineweb"
+data_order = "epoch"  # each window once before any comes again
 
 n_layer = 12
 n_head = 12
@@ -18,7 +19,7 @@ min_lr = 0.0
 weight_decay = 0.1
 beta2 = 0.95
 warmup_iters = 700
-max_iters = 19560  # 10 billion tokens, each once
+max_iters = 19560  # 10 billion tokens: once through the 103 shards
 
 eval_interval = 1000
 eval_iters = 200

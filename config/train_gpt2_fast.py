@@ -6,6 +6,7 @@
 
 out_dir = "out/gpt2_fast"
 dataset = "fineweb"
+data_order = "epoch"  # each window once before any comes again
 
 n_layer = 12
 n_head = 6  # heads of 128
@@ -27,7 +28,7 @@ weight_decay = 0.01
 beta1 = 0.95  # Muon's momentum, as there
 lr_schedule = "wsd"
 warmup_iters = 100
-max_iters = 3800  # 2B tokens
+max_iters = 3800  # 2B tokens: once through 20 shards
 
 eval_interval = 250
 eval_iters = 100
