@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,10 @@ sys.path.insert(0, str(REPO))
 MIRROR = os.environ.get("PLAINGPT_MIRROR", "")
 if MIRROR and "://" not in MIRROR:
     MIRROR = os.environ["PLAINGPT_MIRROR"] = str(Path(MIRROR).resolve())  # the scripts run in other folders
+# what started the tests may ignore these two, as nohup and a script's & do; the scripts would inherit it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts: tiny models are faster so, and bits depend on it
 needs_mirror = pytest.mark.skipif(
     not MIRROR, reason="PLAINGPT_MIRROR is not set: nothing is downloaded in tests"
