@@ -117,11 +117,13 @@ def help_text(settings, known):
 
 def run_config_file(path, known):
     """Run a config file and return the settings that it makes. Raises UserError, with file and line."""
-    if not Path(path).exists():
-        raise UserError(f"{path}: No such file or directory (flags are written --key=value)")
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{error} (flags are written --key=value)") from None
     namespace = {"__file__": path}  # not the script's
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), namespace)
+        exec(compile(source, path, "exec"), namespace)
     except Exception as error:  # a config file is a program and can raise any error
         # the frame after this one is the config file's; there is none if it could not be compiled
         line = getattr(error.__traceback__.tb_next, "tb_lineno", getattr(error, "lineno", None))

@@ -228,7 +228,8 @@ def fetch(address, part):
         if found:
             write_file(version, found.encode())
         # Some servers do not say how long the file is. Then only the checksum shows that something is missing.
-        left = int(response.headers.get("Content-Length", 0))  # bytes to come, for the progress bar
+        length = response.headers.get("Content-Length", "")
+        left = int(length) if length.isdecimal() else None  # bytes to come, for the progress bar
         with (
             open(part, "ab") as file,
             tqdm.wrapattr(file, "write", left, desc=part.stem, disable=None) as bar,
@@ -462,7 +463,7 @@ class BPETokenizer(Tokenizer):
     def encode(self, text):
         if text == END_OF_TEXT and self.end_of_text is not None:
             return [self.end_of_text]  # another vocabulary may write it as </s>
-        with user_error(f"{text!r:.40} has something that this vocabulary lacks"):
+        with user_error(f"{text[:40]!r} has something that this vocabulary lacks"):
             # The package's fastest method: it does not track places in the text.
             ids = self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
         if self.unknown in ids:
@@ -479,7 +480,7 @@ def fetch_gpt2_vocabulary():
     """Fetch GPT-2's vocabulary for later, because the machine that trains may have no network."""
     try:
         GPT2Tokenizer().encode("")
-    except UserError as error:
+    except (ImportError, OSError, UserError) as error:
         say(f"GPT-2's vocabulary is still missing: {error}", sys.stderr)
 
 
@@ -502,7 +503,8 @@ def check_characters(tokenizer, characters):
     for char in sorted(characters):
         # Its IDs are taken twice, because some vocabularies drop a space before a text. A character may be
         # lost, or become another, such as its lower case. A word would be <|unk|>, which is counted.
-        if tokenizer.keeps_text and char not in tokenizer.decode(2 * tokenizer.encode(char)):
+        kept = tokenizer.decode(2 * tokenizer.encode(char))
+        if tokenizer.keeps_text and (char not in kept or kept.replace(char, "").strip()):
             raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
 
 
@@ -915,7 +917,11 @@ def find_text_files(paths, encoding):
 
 def is_dataset(folder):
     """Whether prepare.py has made a folder, which then holds meta.json and other files of ours, but no text."""
-    return folder.is_dir() and {"meta.json"} <= {*os.listdir(folder)} <= DATASET_FILES
+    if not (folder / "meta.json").exists():
+        return False
+    # A stray file beside ours, such as a .DS_Store, makes no text of it; meta.json alone may be somebody else's.
+    names = set(os.listdir(folder))
+    return names <= DATASET_FILES or bool(names & {"val.bin", "ckpt.pt"})
 
 
 def walk(folder):
@@ -1121,9 +1127,11 @@ def new_folder(name, tokenizer, sources):
     folder = Path(os.path.realpath(f"data/{name}"))  # if it is a link, the link stays as it is
     new = folder.with_name(f".{name}.new")
     old = folder.with_name(f".{name}.old")
-    # Without meta.json, a train.bin is from another program. An empty folder may be replaced.
-    if folder.exists() and os.listdir(folder) and not is_dataset(folder):
-        raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
+    if folder.exists():
+        found = set(os.listdir(folder))
+        # Without meta.json, a train.bin is from another program. An empty folder may be replaced.
+        if found and not {"meta.json"} <= found <= DATASET_FILES:
+            raise UserError(f"{folder} holds files that prepare.py did not write; choose another --name")
     meta = {
         "dataset": name,
         "tokenizer": tokenizer.meta,
@@ -1219,8 +1227,7 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
 def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=BPE_VOCAB):
     """Tokenize documents into data/<name>/. They are read twice. Raises UserError.
 
-    sources: as in new_folder
-    kind: a name in TOKENIZERS, or what tokenizer_of takes
+    sources: as in new_folder; kind: a name in TOKENIZERS, or what tokenizer_of takes
     vocab_size: entries of a bpe vocabulary, for which the training text is read a third time
     """
     tokenizer = fixed_tokenizer(kind)
@@ -1255,7 +1262,9 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=B
         texts = split_documents(documents, count, characters, val_fraction)
         learned_from = (text for split, text in texts if split == "train" and text != END_OF_TEXT)
         # Meanwhile Python would not see a Ctrl-C, and nothing is written yet: so it ends the program at once.
-        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        handler = signal.getsignal(signal.SIGINT)
+        if handler != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         tokenizer = BPETokenizer.trained(learned_from, vocab_size)
         signal.signal(signal.SIGINT, handler)
     if tokenizer.vocab_size > MAX_VOCAB:
@@ -1307,7 +1316,7 @@ def prepare_gpt2(name, size):
     checkpoint = Path("data", name, "ckpt.pt")
     if checkpoint.exists():
         say(f"{checkpoint} is there already", sys.stdout)
-        return
+        return fetch_gpt2_vocabulary()
     import torch
 
     sources = []

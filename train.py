@@ -779,7 +779,7 @@ def main(given):
             mean_loss, stopping = sum_over_processes(
                 [loss_sum.item() / world_size, bool(stop_requested)], use_device
             )
-        elif (step + 1) % eval_interval == 0:
+        elif (step + 1) % eval_interval == 0 or step + 1 == last_step:
             grad_norm.item()  # wait for the GPU, or the evaluation would, whose time does not count
         seconds += time.perf_counter() - started
         if logs:

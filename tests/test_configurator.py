@@ -75,7 +75,8 @@ def test_flag(tmp_path, flag, value):
         ("--bias", ["--key=value"]),
         ("-bias=True", ["--key=value"]),
         ("nowhere.py", ["nowhere.py", "No such file"]),
-        (".", ["directory"]),
+        (".", ["Is a directory: '.'"]),
+        ("a" * 300, ["File name too long"]),
     ],
 )
 def test_mistaken_flag(tmp_path, flag, words):

@@ -357,6 +357,8 @@ def test_prepared_datasets_in_a_folder_are_no_text(tmp_path):
     assert "2 files are not text" in done.stdout and "data/gpt2, data/it" in done.stdout
     assert len(json.loads((tmp_path / "data" / "it" / "meta.json").read_text())["sources"]) == 1
     assert "empty" in refused("prepare.py", "", cwd=tmp_path)
+    (tmp_path / "data" / "it" / ".DS_Store").write_text("a stray file")
+    assert "is a prepared dataset" in refused("prepare.py", "data/it", "--name=more", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
