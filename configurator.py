@@ -119,7 +119,7 @@ def run_config_file(path, known):
     """Run a config file and return the settings that it makes. Raises UserError, with file and line."""
     try:
         source = Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter: no path can have such characters
         raise UserError(f"{error} (flags are written --key=value)") from None
     namespace = {"__file__": path}  # not the script's
     try:

@@ -77,6 +77,7 @@ def test_flag(tmp_path, flag, value):
         ("nowhere.py", ["nowhere.py", "No such file"]),
         (".", ["Is a directory: '.'"]),
         ("a" * 300, ["File name too long"]),
+        ("a\0b", ["null byte"]),
     ],
 )
 def test_mistaken_flag(tmp_path, flag, words):
