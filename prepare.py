@@ -164,6 +164,8 @@ def download(url, path, sha256=None):
     A broken transfer is resumed from path.part, in this call or the next. Raises UserError.
     """
     path = Path(path)
+    if is_whole(path, sha256):
+        return
     addresses = [url]
     mirror = os.environ.get("PLAINGPT_MIRROR")  # for machines without a network, and for the tests
     if mirror:
@@ -479,7 +481,7 @@ class BPETokenizer(Tokenizer):
 def fetch_gpt2_vocabulary():
     """Fetch GPT-2's vocabulary for later, because the machine that trains may have no network."""
     try:
-        GPT2Tokenizer().encode("")
+        fixed_tokenizer("gpt2")
     except (ImportError, OSError, UserError) as error:
         say(f"GPT-2's vocabulary is still missing: {error}", sys.stderr)
 
@@ -1262,11 +1264,9 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=B
         texts = split_documents(documents, count, characters, val_fraction)
         learned_from = (text for split, text in texts if split == "train" and text != END_OF_TEXT)
         # Meanwhile Python would not see a Ctrl-C, and nothing is written yet: so it ends the program at once.
-        handler = signal.getsignal(signal.SIGINT)
-        if handler != signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        handler = on_ctrl_c(signal.SIG_DFL)
         tokenizer = BPETokenizer.trained(learned_from, vocab_size)
-        signal.signal(signal.SIGINT, handler)
+        on_ctrl_c(handler)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
     ends = tokenizer.end_of_text is not None
@@ -1302,7 +1302,6 @@ def prepare_fineweb(name, shards):
         # Memory-mapped, because a hundred shards would not fit into memory.
         ids.append((split, None, np.memmap(path, "<u2", "r", FINEWEB_HEADER)))
     write_bins(name, ids, GPT2Tokenizer, sources)
-    fetch_gpt2_vocabulary()
 
 
 # -- OpenAI's weights ----------------------------------------------------------------------------------------
@@ -1316,7 +1315,7 @@ def prepare_gpt2(name, size):
     checkpoint = Path("data", name, "ckpt.pt")
     if checkpoint.exists():
         say(f"{checkpoint} is there already", sys.stdout)
-        return fetch_gpt2_vocabulary()
+        return
     import torch
 
     sources = []
@@ -1331,7 +1330,6 @@ def prepare_gpt2(name, size):
         with user_error(f"cannot write {checkpoint}, is the disk full?"):
             torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
     shutil.rmtree(path.parent)  # these files are as large, and no longer needed
-    fetch_gpt2_vocabulary()
     say(f"{checkpoint} is ready for --init_from={name}", sys.stdout)
 
 
@@ -1408,6 +1406,20 @@ def visible(text, stream):
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
+def on_ctrl_c(handler):
+    """Set what Ctrl-C does, unless it is ignored, as by a script's background command; returns what it did."""
+    old = signal.getsignal(signal.SIGINT)
+    if old != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+    return old
+
+
+def interrupt(_number, _frame):
+    """The first Ctrl-C ends the program. Further ones are ignored, so that it can clean up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def lock(folder, wait=False):
     """Keep other processes out of a folder during the with block. Raises UserError if one is in it.
@@ -1460,7 +1472,8 @@ def prepare(args):
     # These are weights, not text.
     for name, size in GPT2_SIZES.items():
         if what in (name, size):
-            return prepare_gpt2(name, size)
+            prepare_gpt2(name, size)
+            return fetch_gpt2_vocabulary()
 
     name = dataset_name(args)
     kind, file = CORPORA.get(what, ("char", None))
@@ -1473,7 +1486,8 @@ def prepare(args):
     if what == "fineweb":
         if not 1 <= args.shards <= 103 or kind != "gpt2":
             raise UserError("fineweb comes as GPT-2 token IDs, in 1 to 103 shards: see --help")
-        return prepare_fineweb(name, args.shards)
+        prepare_fineweb(name, args.shards)
+        return fetch_gpt2_vocabulary()
 
     with user_error(f"--encoding={args.encoding}"):
         "".encode(args.encoding)  # raises if there is no such encoding
@@ -1500,12 +1514,6 @@ def refuse(message):
     raise UserError(f"{message}; --help lists all options")
 
 
-def interrupt(_number, _frame):
-    """The first Ctrl-C ends the program. Further ones are ignored, so that it can clean up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def main():
     # The docstring of this file begins the help.
     parser = argparse.ArgumentParser(
@@ -1528,8 +1536,7 @@ def main():
     add("--encoding", default="utf-8", help="encoding of the text (%(default)s)")
     add("--errors", choices=["strict", "replace"], default="strict", help="what to do with undecodable bytes")
     speak_utf8()  # before --help or a mistake is printed
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # a script's background command ignores Ctrl-C
-        signal.signal(signal.SIGINT, interrupt)
+    on_ctrl_c(interrupt)
     # Every mistake ends here, in one line and an exit status of 1.
     try:
         return prepare(parser.parse_intermixed_args())  # options may stand between paths

@@ -65,6 +65,8 @@ from prepare import (
     as_hugging_face,
     clean,
     give_up,
+    interrupt,
+    on_ctrl_c,
     render,
     say,
     speak_utf8,
@@ -475,8 +477,7 @@ def export_whole(checkpoint, tokenizer):
     folder = Path(os.path.expanduser(export))
     if folder.exists():
         raise UserError(f"{folder} is there already; --export wants a new folder")
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C then removes what is half written
+    on_ctrl_c(interrupt)  # which removes what is half written
     with user_error(f"{folder} cannot be written"):  # safetensors and tokenizers have their own errors
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as new:

@@ -765,7 +765,7 @@ def main(given):
         for opt in optimizers:
             scaler.unscale_(opt)
         grad_norm = clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        if not scaler.is_enabled() or grad_norm.isfinite():  # float16 skips a step that overflowed, for both
+        if not scaler.is_enabled() or grad_norm.isfinite():  # float16 skips a step that overflowed
             for opt in optimizers:
                 scaler.step(opt)
         scaler.update()  # which lowers the scale after an overflow

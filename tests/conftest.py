@@ -16,10 +16,11 @@ sys.path.insert(0, str(REPO))
 MIRROR = os.environ.get("PLAINGPT_MIRROR", "")
 if MIRROR and "://" not in MIRROR:
     MIRROR = os.environ["PLAINGPT_MIRROR"] = str(Path(MIRROR).resolve())  # the scripts run in other folders
-# what started the tests may ignore these two, as nohup and a script's & do; the scripts would inherit it
-signal.signal(signal.SIGINT, signal.default_int_handler)
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# What started the tests may ignore these two, as nohup and a script's & do, and the scripts would inherit it.
+# They do not inherit a handler, so the tests go on ignoring them by one that does nothing.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts: tiny models are faster so, and bits depend on it
 needs_mirror = pytest.mark.skipif(
     not MIRROR, reason="PLAINGPT_MIRROR is not set: nothing is downloaded in tests"

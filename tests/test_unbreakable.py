@@ -644,7 +644,7 @@ def test_a_package_that_is_missing_is_one_line(tmp_path, script):
     assert "No module named" in line
 
 
-def test_an_export_that_is_interrupted_leaves_nothing(saved, tmp_path, monkeypatch):
+def test_an_export_that_is_interrupted_leaves_nothing(saved, tmp_path):
     """Ctrl-C in the middle: a slow safetensors stands for a large model."""
     torch.save(saved, tmp_path / "w.pt")
     (tmp_path / "safetensors").mkdir()
@@ -675,7 +675,10 @@ def test_a_background_command_ignores_ctrl_c(workdir, tmp_path):
     """A shell script starts commands with & so that SIGINT is ignored, which must stay so."""
     (tmp_path / "book.txt").write_text("some text " * 100)
     flags = f"{TINY} --max_iters=300 --out_dir={tmp_path}/out"
-    commands = [f"train.py {flags}", f"prepare.py {tmp_path}/book.txt --name=background"]
+    commands = [f"train.py {flags}"] + [
+        f"prepare.py {tmp_path}/book.txt --name=background_{kind} --tokenizer={kind}"
+        for kind in ("char", "bpe")
+    ]
     for command in commands:
         process = subprocess.Popen(
             [sys.executable, *f"{REPO}/{command}".split()],
@@ -841,7 +844,6 @@ def test_a_small_file_that_unpacks_to_much_takes_little_memory(tmp_path, suffix)
 def test_what_stops_between_two_renames_loses_no_dataset(tmp_path, monkeypatch):
     """The old dataset comes back at once, and after a kill with the next run, even if that one fails."""
     monkeypatch.chdir(tmp_path)
-    old = {}
 
     def contents():
         return {path.name: path.read_bytes() for path in (tmp_path / "data" / "it").iterdir()}
