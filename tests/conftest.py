@@ -1,11 +1,14 @@
 """What the tests share: the scripts run as a user runs them, in a folder of their own, on real text."""
 
+import functools
 import http.server
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -39,17 +42,87 @@ TINY += (
 
 def run(*args, cwd, check=True, env=None, timeout=300):
     """Run Python with args, in which a script of ours goes by its name; check: it must succeed."""
-    done = subprocess.run(
-        [sys.executable, *(REPO / arg if arg in SCRIPTS else str(arg) for arg in args)],
-        cwd=cwd,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=timeout,
-        env={**os.environ, **(env or {})},
-    )
+    args = [str(REPO / arg) if arg in SCRIPTS else str(arg) for arg in args]
+    # env may hold what Python and PyTorch read at their start, so it needs a start
+    if env is None and args[0] in (str(REPO / "train.py"), str(REPO / "sample.py")):
+        done = run_forked(args, cwd, timeout)
+    else:
+        done = subprocess.run(
+            [sys.executable, *args],
+            cwd=cwd,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
+            env={**os.environ, **(env or {})},
+        )
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+@functools.cache
+def forked():
+    """The process of tests/forked.py, which ends with its standard input; each worker of pytest's has one."""
+    command = [sys.executable, REPO / "tests" / "forked.py"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+
+
+class Forked:
+    """A script in a process that need not import PyTorch; see forked.py, which runs one at a time.
+
+    It has what the tests need of subprocess.Popen. stdout, stderr: paths, both a pipe's if not given
+    """
+
+    def __init__(self, *argv, cwd, stdout=None, stderr=None, timeout=300):
+        self.returncode = None
+        with tempfile.TemporaryDirectory() as folder:
+            if not stdout:
+                stdout = stderr = f"{folder}/pipe"
+                os.mkfifo(stdout)
+            request = {"argv": [str(arg) for arg in argv], "cwd": str(cwd), "env": dict(os.environ)}
+            request |= {"stdout": str(stdout), "stderr": str(stderr), "timeout": timeout}
+            forked().stdin.write(json.dumps(request).encode() + b"\n")
+            self.stdout = open(stdout, encoding="utf-8")  # a pipe waits for the script, which opens it too
+            self.pid = int(forked().stdout.readline())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stdout.close()
+        self.wait()
+
+    def poll(self):
+        if self.returncode is None and select.select([forked().stdout], [], [], 0)[0]:
+            self.returncode = int(forked().stdout.readline())
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None and not select.select([forked().stdout], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("a forked script", timeout)
+        return self.poll()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def run_forked(argv, cwd, timeout):
+    """Run a script as subprocess.run does, but Forked."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "stdout"), Path(folder, "stderr")
+        out.touch()
+        err.touch()
+        with Forked(*argv, cwd=cwd, stdout=out, stderr=err, timeout=timeout) as process:
+            process.wait()
+        return subprocess.CompletedProcess(
+            argv, process.returncode, out.read_text("utf-8"), err.read_text("utf-8")
+        )
 
 
 def run_limited(kind, limit, script, *args, cwd, env=None):
