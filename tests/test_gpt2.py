@@ -1,9 +1,12 @@
-"""Our GPT against Hugging Face's GPT-2, from small random configurations: logits, loss, every gradient."""
+"""Our GPT against Hugging Face's GPT-2, from small random configurations: logits, loss, every gradient.
+
+What GPT-2 has not, against those models of theirs that have it.
+"""
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig, rope_angles
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,6 +65,88 @@ def test_logits_loss_and_gradients_equal_hugging_faces(sizes, flash):
         gradients = {name: p.grad for name, p in ours.named_parameters()}
         theirs = to_ours({name: p.grad for name, p in outside.named_parameters()})
         torch.testing.assert_close(gradients, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("ours, theirs", [("gelu", "gelu_new"), ("relu2", "relu2"), ("gelu_erf", "gelu")])
+def test_rotated_queries_and_keys_equal_those_of_gpt_neox(ours, theirs, flash):
+    """The whole model, where only positions and activation differ from GPT-2's."""
+    torch.manual_seed(0)
+    outside = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=50,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            hidden_act=theirs,
+            max_position_embeddings=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            rotary_pct=1.0,
+            use_parallel_residual=False,
+        )
+    ).eval()
+    for p in outside.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model = GPT(GPTConfig(16, 50, 2, 4, 32, position="rope", activation=ours, tie_weights=False, flash=flash))
+    renames = {
+        "gpt_neox.layers": "transformer.h",
+        "gpt_neox.embed_in": "transformer.wte",
+        "gpt_neox.final_layer_norm": "transformer.ln_f",
+        "embed_out": "lm_head",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "attention.query_key_value": "attn.c_attn",
+        "attention.dense": "attn.c_proj",
+        "mlp.dense_h_to_4h": "mlp.c_fc",
+        "mlp.dense_4h_to_h": "mlp.c_proj",
+    }
+
+    def renamed(tensors):
+        found = {}
+        for name, tensor in tensors:
+            for one, other in renames.items():
+                name = name.replace(one, other)
+            if "c_attn" in name:  # theirs has query, key and value of each head side by side
+                tensor = tensor.unflatten(0, (4, 3, 8)).transpose(0, 1).flatten(0, 2)
+            found[name] = tensor
+        return found
+
+    model.load_state_dict(renamed(outside.named_parameters()))
+    idx = torch.randint(50, (3, 17), generator=torch.Generator().manual_seed(0))
+    logits, loss = model(idx[:, :-1], idx[:, 1:], all_logits=True)
+    expected = outside(idx[:, :-1]).logits
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), idx[:, 1:].flatten())
+    loss.backward(), expected_loss.backward()
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    theirs = renamed((name, p.grad) for name, p in outside.named_parameters())
+    torch.testing.assert_close(gradients, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_normalized_queries_and_keys_equal_those_of_qwen3(flash):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8, attention_bias=False
+    )
+    config._attn_implementation = "eager"
+    outside = Qwen3Attention(config, layer_idx=0).eval()
+    ours = CausalSelfAttention(
+        GPTConfig(16, 50, 1, 4, 32, position="rope", qk_norm=True, bias=False, flash=flash)
+    )
+    parts = (outside.q_proj, outside.k_proj, outside.v_proj)
+    ours.c_attn.weight.data = torch.cat([part.weight.data for part in parts])
+    ours.c_proj.weight.data = outside.o_proj.weight.data
+    x = 3 * torch.randn(2, 16, 32)
+    cos, sin = rope_angles(torch.arange(16), 8)
+    mask = torch.full((16, 16), -torch.inf).triu(1)
+    expected = outside(x, (cos.repeat(1, 2)[None], sin.repeat(1, 2)[None]), mask)[0]
+    torch.testing.assert_close(ours(x, (cos, sin)), expected, atol=1e-5, rtol=1e-5)
+    ours.config.qk_norm = False  # which changes much
+    assert (ours(x, (cos, sin)) - expected).abs().max() > 0.1
 
 
 def test_greedy_generation_equals_hugging_faces():
