@@ -116,6 +116,18 @@ def test_twenty_kills_leave_no_trace(workdir):
     assert {path.name for path in folder.iterdir()} == files
 
 
+def test_best_weights_are_written_as_soon_as_there_is_room(workdir):
+    """A folder where the new file begins stands for a full disk; the loss stays what it was."""
+    folder = workdir / "out" / "room"
+    (folder / "best.pt.partial").mkdir(parents=True)
+    args = [*TINY, "--learning_rate=0", "--eval_interval=1", "--max_iters=20", f"--out_dir={folder}"]
+    with Forked(REPO / "train.py", *args, cwd=workdir) as process:
+        read_until(process, f"train.py: {folder}/best.pt not written")
+        (folder / "best.pt.partial").rmdir()
+        process.stdout.read()
+    assert process.returncode == 0 and torch.load(folder / "best.pt", weights_only=True)["step"] > 0
+
+
 # -- signals -------------------------------------------------------------------------------------------------
 
 

@@ -137,6 +137,21 @@ def test_a_run_learns_and_leaves_what_it_should(trained):
     assert ckpt["step"] == 60 and ckpt["best_val_loss"] == best["best_val_loss"] == min(val_loss.values())
     assert ckpt["meta"]["tokenizer"]["type"] == "char" and ckpt["config"]["dropout"] == 0.1
     assert ckpt.keys() - best.keys() == {"optimizer", "scaler"}
+    (adamw,) = ckpt["optimizer"]  # and no Muon
+    assert len(adamw["state"]) == len(ckpt["model"]) - 1  # the output layer is the token embedding
+
+
+@pytest.mark.parametrize("rate, saved", [("0", 0), ("3e-3", 20)])
+def test_a_checkpoint_for_each_improvement_alone(workdir, rate, saved):
+    args = [
+        "--always_save_checkpoint=False",
+        f"--learning_rate={rate}",
+        "--max_iters=20",
+        "--eval_interval=10",
+    ]
+    run("train.py", *TINY, *args, f"--out_dir=out/improved_{rate}", cwd=workdir)
+    for name in ("ckpt.pt", "best.pt"):
+        assert load_checkpoint(workdir / "out" / f"improved_{rate}" / name)["step"] == saved
 
 
 def test_standard_output_and_samples(workdir):
