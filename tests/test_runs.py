@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, Forked, metrics, run
+from conftest import FORKS, REPO, TINY, Forked, metrics, run
 
 TINY = TINY.split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -41,7 +41,11 @@ def same_run(a, b):
 
 
 def start(*command, cwd, env=None):
-    """A process that prints to a pipe, and errors too, in the folder cwd."""
+    """A process that prints to a pipe, and errors too, in the folder cwd: a program's, or train.py's."""
+    if command[0] == "train.py":
+        if FORKS:
+            return Forked(REPO / "train.py", *command[1:], cwd=cwd)
+        command = (sys.executable, REPO / "train.py", *command[1:])
     return subprocess.Popen(
         [str(arg) for arg in command],
         cwd=cwd,
@@ -77,7 +81,7 @@ def test_a_killed_run_resumes_to_the_same_bits(workdir):
     """kill -9 at some step past a checkpoint, then resume without a word on the settings."""
     run("train.py", *RESUMED, "--out_dir=out/whole", cwd=workdir)
     killed = workdir / "out" / "killed"
-    with Forked(REPO / "train.py", *RESUMED, f"--out_dir={killed}", cwd=workdir) as process:
+    with start("train.py", *RESUMED, f"--out_dir={killed}", cwd=workdir) as process:
         read_until(process, "iter 27:")
         process.kill()
     step = torch.load(killed / "ckpt.pt", weights_only=True)["step"]
@@ -98,7 +102,7 @@ def test_twenty_kills_leave_no_trace(workdir):
     draw, kills, in_saves = random.Random(20), 0, 0
     while kills < 20:
         resume = ["--init_from=resume"] if (folder / "ckpt.pt").exists() else args
-        with Forked(REPO / "train.py", *resume, f"--out_dir={folder}", cwd=workdir) as process:
+        with start("train.py", *resume, f"--out_dir={folder}", cwd=workdir) as process:
             for _ in range(draw.randint(1, 9)):
                 read_until(process, "iter ")
             if kills % 2:
@@ -121,7 +125,7 @@ def test_best_weights_are_written_as_soon_as_there_is_room(workdir):
     folder = workdir / "out" / "room"
     (folder / "best.pt.partial").mkdir(parents=True)
     args = [*TINY, "--learning_rate=0", "--eval_interval=1", "--max_iters=20", f"--out_dir={folder}"]
-    with Forked(REPO / "train.py", *args, cwd=workdir) as process:
+    with start("train.py", *args, cwd=workdir) as process:
         read_until(process, f"train.py: {folder}/best.pt not written")
         (folder / "best.pt.partial").rmdir()
         process.stdout.read()
@@ -134,7 +138,7 @@ def test_best_weights_are_written_as_soon_as_there_is_room(workdir):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(workdir, number):
     folder = f"out/signal_{number}"
-    with Forked(REPO / "train.py", *RESUMED, f"--out_dir={folder}", cwd=workdir) as process:
+    with start("train.py", *RESUMED, f"--out_dir={folder}", cwd=workdir) as process:
         read_until(process, "iter 7:")
         process.send_signal(number)
         said = process.stdout.read()
@@ -150,7 +154,7 @@ def test_a_signal_saves_and_says_how_to_go_on(workdir, number):
 def test_a_signal_saves_though_nobody_reads(workdir):
     folder = workdir / "out" / "unread"
     args = [*RESUMED, "--max_iters=100000", "--eval_interval=100000", f"--out_dir={folder}"]
-    with Forked(REPO / "train.py", *args, cwd=workdir) as process:
+    with start("train.py", *args, cwd=workdir) as process:
         read_until(process, "iter 7:")
         process.stdout.close()
         process.terminate()
@@ -164,7 +168,7 @@ def test_patience_counts_each_evaluation_once_though_signals_come_before_them(wo
     folder = workdir / "out" / "patient"
     for at in (2, 5):
         resume = ["--init_from=auto", f"--out_dir={folder}"]
-        with Forked(REPO / "train.py", *args, *resume, cwd=workdir) as process:
+        with start("train.py", *args, *resume, cwd=workdir) as process:
             read_until(process, f"iter {at}:")
             process.terminate()
             process.wait(timeout=60)
@@ -216,7 +220,7 @@ def test_a_run_that_another_process_made_meanwhile_is_not_overwritten(workdir, t
 @pytest.mark.parametrize("pause", [0, 2])
 def test_a_second_signal_exits_at_once(workdir, pause):
     args = [*TINY, "--gradient_accumulation_steps=100000", "--max_iters=2", f"--out_dir=out/second_{pause}"]
-    with Forked(REPO / "train.py", *args, cwd=workdir) as process:
+    with start("train.py", *args, cwd=workdir) as process:
         read_until(process, "step 0:")
         process.terminate()
         read_until(process, "train.py: saves and stops")
@@ -463,7 +467,7 @@ def test_weights_that_are_not_finite_are_never_saved(workdir):
     """Not by a signal either, while no line of the log has looked at a loss."""
     args = [*TINY, "--learning_rate=1e30", "--grad_clip=0", "--warmup_iters=0", "--max_iters=1000000"]
     args += ["--log_interval=1000000", "--eval_interval=1000000", "--out_dir=out/unseen"]
-    with Forked(REPO / "train.py", *args, cwd=workdir) as process:
+    with start("train.py", *args, cwd=workdir) as process:
         read_until(process, "iter 0:")
         process.terminate()
         said = process.stdout.read()
