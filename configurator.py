@@ -177,7 +177,7 @@ def convert(key, value, kind, is_text):
         fits = repr(value) in map(repr, wanted)  # 1 equals True, but is not what is wanted
     else:
         # a whole number can stand for a float if that loses no digit
-        if type(value) is int and float in wanted and abs(value) < 2**53:
+        if type(value) is int and float in wanted and int not in wanted and abs(value) < 2**53:
             value = float(value)
         # types are compared exactly, because isinstance takes True for an int
         fits = type(value) in wanted and (type(value) is not float or math.isfinite(value))

@@ -71,19 +71,18 @@ def forked():
 class Forked:
     """A script in a process that need not import PyTorch; see forked.py, which runs one at a time.
 
-    It has what the tests need of subprocess.Popen. stdout, stderr: paths, both a pipe's if not given
+    It has what the tests need of subprocess.Popen. stderr: the path of a file; None: it joins stdout
     """
 
-    def __init__(self, *argv, cwd, stdout=None, stderr=None, timeout=300):
+    def __init__(self, *argv, cwd, stderr=None, timeout=300):
         self.returncode = None
         with tempfile.TemporaryDirectory() as folder:
-            if not stdout:
-                stdout = stderr = f"{folder}/pipe"
-                os.mkfifo(stdout)
+            pipe = f"{folder}/pipe"
+            os.mkfifo(pipe)
             request = {"argv": [str(arg) for arg in argv], "cwd": str(cwd), "env": dict(os.environ)}
-            request |= {"stdout": str(stdout), "stderr": str(stderr), "timeout": timeout}
+            request |= {"stdout": pipe, "stderr": str(stderr or pipe), "timeout": timeout}
             forked().stdin.write(json.dumps(request).encode() + b"\n")
-            self.stdout = open(stdout, encoding="utf-8")  # a pipe waits for the script, which opens it too
+            self.stdout = open(pipe, encoding="utf-8")  # this waits until the script opens it too
             self.pid = int(forked().stdout.readline())
 
     def __enter__(self):
@@ -116,14 +115,10 @@ class Forked:
 def run_forked(argv, cwd, timeout):
     """Run a script as subprocess.run does, but Forked."""
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "stdout"), Path(folder, "stderr")
-        out.touch()
-        err.touch()
-        with Forked(*argv, cwd=cwd, stdout=out, stderr=err, timeout=timeout) as process:
-            process.wait()
-        return subprocess.CompletedProcess(
-            argv, process.returncode, out.read_text("utf-8"), err.read_text("utf-8")
-        )
+        errors = Path(folder, "stderr")
+        with Forked(*argv, cwd=cwd, stderr=errors, timeout=timeout) as process:
+            said = process.stdout.read()
+        return subprocess.CompletedProcess(argv, process.returncode, said, errors.read_text("utf-8"))
 
 
 def run_limited(kind, limit, script, *args, cwd, env=None):

@@ -15,7 +15,9 @@ import runpy
 import signal
 import sys
 
-IMPORTED = "numpy tqdm torch torch._dynamo torch.nn.parallel safetensors.torch matplotlib.figure"
+import numpy as np
+
+IMPORTED = "tqdm torch torch._dynamo torch.nn.parallel safetensors.torch matplotlib.figure"
 IMPORTED += " matplotlib.backends.backend_agg"
 
 
@@ -37,7 +39,7 @@ def become(request):
     os.close(answers)
     sys.argv = request["argv"]
     sys.path[0] = os.path.dirname(request["argv"][0])
-    sys.modules["numpy"].random.seed()  # or all children would draw the same numbers
+    np.random.seed()  # or all children would draw the same numbers
     signal.alarm(request["timeout"])
 
 

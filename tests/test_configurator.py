@@ -23,6 +23,7 @@ compile: Literal["auto", True, False] = "auto"
 min_lr: float | None = None  # None: a tenth
 stride: int | None = None
 dataset = "pydocs"
+size: int | float = 1
 '''
 
 
@@ -52,6 +53,8 @@ def configured(tmp_path, *args, config=None):
         ("--min_lr=None", None),
         ("--min_lr=1", 1.0),
         ("--stride=4", 4),
+        ("--size=4", 4),
+        ("--size=4.0", 4.0),
     ],
 )
 def test_flag(tmp_path, flag, value):
