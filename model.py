@@ -510,7 +510,10 @@ class GPT(nn.Module):
             raise ModelError("the checkpoint's weights are not finite")
         return model.eval()
 
-    from_pretrained = from_checkpoint  # a Hugging Face folder is a checkpoint too
+    @classmethod
+    def from_pretrained(cls, dir: str, device="cpu"):
+        """The model of a Hugging Face folder, in float32 and in eval mode. Raises ModelError."""
+        return cls.from_checkpoint(dir, device)  # a folder is a checkpoint too
 
     def save_pretrained(self, dir: str, end_of_text: int | None = None) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
