@@ -654,6 +654,17 @@ def whole_words(file, size=PIECE):
     yield rest
 
 
+def refuse_nul(pieces, path):
+    """The same pieces. Raises UserError if a character is NUL, which no text has."""
+    at = 0  # the piece begins with this character of the file
+    for piece in pieces:
+        nul = piece.find("\0")
+        if nul >= 0:
+            raise UserError(f"{path} is not text: character {at + nul} is NUL")
+        at += len(piece)
+        yield piece
+
+
 def split_at_ends(pieces):
     """The documents of a text: <|endoftext|> ends a document, and blank documents are left out."""
     # With parentheses, split also returns what it splits at.
@@ -769,29 +780,16 @@ class TextFiles:
     encoding: str = "utf-8"
 
     def __iter__(self):
-        # For another format, add a branch here and a suffix to SUFFIXES.
+        # For another format, add a line here and a suffix to SUFFIXES.
+        readers = {
+            ".jsonl": self.read_jsonl,
+            ".ndjson": self.read_jsonl,
+            ".json": self.read_json,
+            ".parquet": self.read_parquet,
+        }
         for path in self.files:
-            suffix = unpacked(path).suffix.lower()
-            records = None
-            if suffix in (".jsonl", ".ndjson"):
-                records = self.read_jsonl(path)
-            elif suffix == ".json":
-                records = self.read_json(path)
-            elif suffix == ".parquet":
-                columns = {"text", "messages", "instruction", "input", "output"}
-                records = read_parquet(path, {self.text_key} if self.text_key else columns)
-            if records is None:
-                yield from split_at_ends(self.read_text(path))
-                continue
-            for place, record in records:
-                # Whatever is wrong with a record, the user needs its place.
-                try:
-                    documents = self.documents_of(record)
-                except Exception as error:
-                    raise UserError(
-                        f"{path}, {place}: no text under --text_key, and no conversation: {error!s:.300}"
-                    ) from None
-                yield from documents
+            read = readers.get(unpacked(path).suffix.lower(), self.read_text)
+            yield from read(path)
 
     @contextmanager
     def open(self, path):
@@ -818,70 +816,72 @@ class TextFiles:
                 ) from None
 
     def read_text(self, path):
-        """The pieces of a file. Raises UserError if a character is NUL, which no text has."""
+        """The documents of a plain text."""
         with self.open(path) as file:
-            at = 0
-            for piece in whole_words(file):
-                nul = piece.find("\0")
-                if nul >= 0:
-                    raise UserError(f"{path} is not text: character {at + nul} is NUL")
-                at += len(piece)
-                yield piece
+            yield from split_at_ends(refuse_nul(whole_words(file), path))
 
     def read_jsonl(self, path):
-        """(place, line) of each line that is not blank."""
+        """The documents of each line that is not blank."""
         with self.open(path) as file:
             # readline returns "" at the end of the file, and of a line that is too long its beginning.
             for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), 1):
                 check_length(line, file, f"line {number}")
                 if line.strip():
-                    yield f"line {number}", line
+                    yield from self.documents_of(line, f"{path}, line {number}")
 
     def read_json(self, path):
-        """(place, object) of an array of objects, or of an object a line.
+        """The documents of an array of objects, or of an object a line; any other file is plain text.
 
-        None for any other file, which is read as plain text. Raises UserError if it should have a --text_key.
+        Raises UserError if plain text should have a --text_key.
         """
         with self.open(path) as file:
             text = file.readline(LONGEST) + file.read(1000)
             if re.match(r"\{[^\n]*\}\s*\n\s*\{", text):  # an object a line: a .jsonl under another name
-                return self.read_jsonl(path)
-            if not re.match(r"\s*\[\s*[{\]]", text):
-                if self.text_key:
-                    raise UserError(f"{path} has no objects for --text_key: no array of them, nor one a line")
-                return None
-            text += file.read(LONGEST)
-            check_length(text, file, "the array")
-            return [(f"record {number}", record) for number, record in enumerate(json.loads(text), 1)]
+                yield from self.read_jsonl(path)
+            elif re.match(r"\s*\[\s*[{\]]", text):
+                text += file.read(LONGEST)
+                check_length(text, file, "the array")
+                for number, record in enumerate(json.loads(text), 1):
+                    yield from self.documents_of(record, f"{path}, record {number}")
+            elif self.text_key:
+                raise UserError(f"{path} has no objects for --text_key: no array of them, nor one a line")
+            else:
+                yield from self.read_text(path)
 
-    def documents_of(self, record):
-        """The documents of a record: a conversation, or those of its text. Raises any type of error."""
-        if isinstance(record, str):  # a line of a .jsonl
-            record = json.loads(record)
-        if self.text_key is None:
-            messages = record.get("messages")
-            if record.get("instruction") is not None:  # a table has None if a row lacks a value
-                messages = as_messages(record)
-            if messages:
-                pieces = render(messages)
-                if pieces[-2:] != [END_OF_TEXT, ""]:
-                    raise UserError("the conversation does not end with an answer")
-                return [pieces[:-2]]  # split_documents ends every document
-        text = record[self.text_key or "text"]
-        return split_at_ends([clean(text.encode("utf-8", self.errors).decode())])
+    def read_parquet(self, path):
+        """The documents of each row."""
+        with user_error(f"{path} cannot be read"):
+            from pyarrow.parquet import ParquetFile
 
+            # Few rows at a time, because a text may be long. A column that the file lacks is passed over.
+            columns = ["text", "messages", "instruction", "input", "output"]
+            if self.text_key:
+                columns = [self.text_key]
+            batches = ParquetFile(path).iter_batches(16, columns=columns)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield from self.documents_of(row, f"{path}, record {number}")
 
-def read_parquet(path, columns):
-    """(place, {column: value}) of each row, with those of the columns that the file has. Raises UserError."""
-    with user_error(f"{path} cannot be read"):
-        from pyarrow.parquet import ParquetFile
-
-        file = ParquetFile(path)
-        # Few rows at a time, because a text may be long.
-        batches = file.iter_batches(16, columns=sorted(columns & {*file.schema_arrow.names}))
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield f"record {number}", row
+    def documents_of(self, record, place):
+        """The documents of a record: a conversation, or those of its text. Raises UserError, with the place."""
+        try:
+            if isinstance(record, str):  # a line of a .jsonl
+                record = json.loads(record)
+            if self.text_key is None:
+                messages = record.get("messages")
+                if record.get("instruction") is not None:  # a table has None if a row lacks a value
+                    messages = as_messages(record)
+                if messages:
+                    pieces = render(messages)
+                    if pieces[-2:] != [END_OF_TEXT, ""]:
+                        raise UserError("the conversation does not end with an answer")
+                    return [pieces[:-2]]  # split_documents ends every document
+            text = record[self.text_key or "text"]
+            return split_at_ends([clean(text.encode("utf-8", self.errors).decode())])
+        except Exception as error:
+            raise UserError(
+                f"{place}: no text under --text_key, and no conversation: {error!s:.300}"
+            ) from None
 
 
 def find_text_files(paths, encoding):
