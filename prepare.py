@@ -430,9 +430,8 @@ class BPETokenizer(Tokenizer):
         # The number of tokens would be wrong, because a vocabulary may have holes.
         self.vocab_size = max(self.bpe.get_vocab().values()) + 1
         self.end_of_text = self.bpe.token_to_id(END_OF_TEXT)
-        self.unknown = model.get("unk_id")
-        if isinstance(model.get("unk_token"), str):
-            self.unknown = self.bpe.token_to_id(model["unk_token"])
+        # Unigram models have the ID of what is unknown, the others its token.
+        self.unknown = model.get("unk_id", self.bpe.token_to_id(model.get("unk_token") or ""))
         if end_of_text not in (None, self.end_of_text):
             if self.bpe.id_to_token(end_of_text) is None:
                 raise UserError(f"end-of-text has the ID {end_of_text!r:.20}, which the vocabulary lacks")
