@@ -480,7 +480,7 @@ class BPETokenizer(Tokenizer):
 def fetch_gpt2_vocabulary():
     """Fetch GPT-2's vocabulary for later, because the machine that trains may have no network."""
     try:
-        fixed_tokenizer("gpt2")
+        GPT2Tokenizer().encode("")
     except (ImportError, OSError, UserError) as error:
         say(f"GPT-2's vocabulary is still missing: {error}", sys.stderr)
 
@@ -494,7 +494,7 @@ def fixed_tokenizer(kind):
         return tokenizer_of(kind)
     if kind == "bpe" or TOKENIZERS[kind].entries:
         return None
-    tokenizer = load_tokenizer({"tokenizer": {"type": kind}})
+    tokenizer = TOKENIZERS[kind]()
     tokenizer.encode("")  # this fetches its files, which may fail, before the text is read
     return tokenizer
 
