@@ -452,6 +452,8 @@ class BPETokenizer(Tokenizer):
         # The package takes 256 texts at a time, so cut long ones at the end of a word. A word of 10,000
         # characters is cut as well: the time to learn from it grows with the square of its length.
         cuts = re.compile(r"(?s).{,10000}\S(?=[ \n])|.{1,10000}")
+        # Meanwhile Python would not see a Ctrl-C, and nothing is written yet: so it ends the program at once.
+        handler = on_ctrl_c(signal.SIG_DFL)
         bpe.train_from_iterator(
             (part for text in texts for part in cuts.findall(text)),
             vocab_size,
@@ -459,6 +461,7 @@ class BPETokenizer(Tokenizer):
             special_tokens=[END_OF_TEXT],
             show_progress=sys.stderr.isatty(),
         )
+        on_ctrl_c(handler)
         return cls(json.loads(bpe.to_str()))
 
     def encode(self, text):
@@ -483,20 +486,6 @@ def fetch_gpt2_vocabulary():
         GPT2Tokenizer().encode("")
     except (ImportError, OSError, UserError) as error:
         say(f"GPT-2's vocabulary is still missing: {error}", sys.stderr)
-
-
-def fixed_tokenizer(kind):
-    """The tokenizer of this kind, or None if its vocabulary comes from the text. Raises UserError.
-
-    kind: a name in TOKENIZERS, or what tokenizer_of takes
-    """
-    if kind not in TOKENIZERS:
-        return tokenizer_of(kind)
-    if kind == "bpe" or TOKENIZERS[kind].entries:
-        return None
-    tokenizer = TOKENIZERS[kind]()
-    tokenizer.encode("")  # this fetches its files, which may fail, before the text is read
-    return tokenizer
 
 
 def check_characters(tokenizer, characters):
@@ -1231,10 +1220,14 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=B
     sources: as in new_folder; kind: a name in TOKENIZERS, or what tokenizer_of takes
     vocab_size: entries of a bpe vocabulary, for which the training text is read a third time
     """
-    tokenizer = fixed_tokenizer(kind)
-    from_elsewhere = kind not in TOKENIZERS
-    # What the vocabulary is made of; or the characters, to see whether one from elsewhere has all of them.
-    entries_of = set if from_elsewhere else TOKENIZERS[kind].entries
+    if kind not in TOKENIZERS:
+        tokenizer = tokenizer_of(kind)
+        entries_of = set  # the characters, to see whether this vocabulary has all of them
+    else:
+        entries_of = TOKENIZERS[kind].entries
+        if kind != "bpe" and not entries_of:  # a fixed vocabulary
+            tokenizer = TOKENIZERS[kind]()
+            tokenizer.encode("")  # this fetches its files, which may fail, before the text is read
     # First reading: a tokenizer may need all characters, and the split the number of documents or characters.
     count = 0
     characters = 0
@@ -1255,17 +1248,14 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=B
         )
     if masked and count == 1:
         raise UserError(f"a single conversation cannot be split: data/{name} needs several")
-    if from_elsewhere:
+    if kind not in TOKENIZERS:
         check_characters(tokenizer, entries)
-    elif entries_of:
-        tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
-    if kind == "bpe":
+    elif kind == "bpe":
         texts = split_documents(documents, count, characters, val_fraction)
         learned_from = (text for split, text in texts if split == "train" and text != END_OF_TEXT)
-        # Meanwhile Python would not see a Ctrl-C, and nothing is written yet: so it ends the program at once.
-        handler = on_ctrl_c(signal.SIG_DFL)
         tokenizer = BPETokenizer.trained(learned_from, vocab_size)
-        on_ctrl_c(handler)
+    elif entries_of:
+        tokenizer = TOKENIZERS[kind].from_entries(entries, count > 1)
     if tokenizer.vocab_size > MAX_VOCAB:
         raise UserError("a vocabulary of over 65536 entries; try --tokenizer=gpt2")
     ends = tokenizer.end_of_text is not None
