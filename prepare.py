@@ -423,7 +423,7 @@ class BPETokenizer(Tokenizer):
         from tokenizers import Tokenizer as AnyTokenizer
 
         # A file may say that a text is to be cut, filled up, put between tokens, or tokenized at random.
-        model = {name: value for name, value in json["model"].items() if name != "dropout"}
+        model = {**json["model"], "dropout": None}
         json = {**json, "model": model, "truncation": None, "padding": None, "post_processor": None}
         self.meta = {"type": "bpe", "json": json}
         self.bpe = AnyTokenizer.from_str(dumps(json))
