@@ -860,10 +860,10 @@ class TextFiles:
                 if record.get("instruction") is not None:  # a table has None if a row lacks a value
                     messages = as_messages(record)
                 if messages:
-                    pieces = render(messages)
-                    if pieces[-2:] != [END_OF_TEXT, ""]:
+                    if messages[-1]["role"] != "assistant":
                         raise UserError("the conversation does not end with an answer")
-                    return [pieces[:-2]]  # split_documents ends every document
+                    # Without its last two pieces, the end, which split_documents adds, and an empty Prompt.
+                    return [render(messages)[:-2]]
             text = record[self.text_key or "text"]
             return split_at_ends([clean(text.encode("utf-8", self.errors).decode())])
         except Exception as error:
