@@ -434,7 +434,7 @@ class BPETokenizer(Tokenizer):
         self.unknown = model.get("unk_id", self.bpe.token_to_id(model.get("unk_token") or ""))
         if end_of_text not in (None, self.end_of_text):
             if self.bpe.id_to_token(end_of_text) is None:
-                raise UserError(f"end-of-text has the ID {end_of_text!r:.20}, which the vocabulary lacks")
+                raise UserError("end-of-text has an ID that the vocabulary lacks")
             # meta must hold it too, so that the same tokenizer is loaded again.
             self.meta["end_of_text"] = self.end_of_text = end_of_text
         if self.unknown == self.end_of_text:  # then its ID does not show that something is unknown
@@ -698,7 +698,7 @@ def render(messages):
     for message in messages:
         role, content = message["role"], clean(message["content"]).strip()
         if END_OF_TEXT in content:
-            raise UserError(f"{END_OF_TEXT} cannot be part of a message, because it ends an answer")
+            raise UserError("<|endoftext|> cannot be part of a message, because it ends an answer")
         if role == "assistant":
             pieces += [Prompt(question), content, END_OF_TEXT]
             question = ""
@@ -734,7 +734,7 @@ def opener(path):
     try:
         from compression import zstd
     except ImportError:
-        with user_error(f"unpack {path}, or pip install backports.zstd"):
+        with user_error("for .zst files, pip install backports.zstd"):
             from backports import zstd
     return zstd.open
 
@@ -1205,7 +1205,7 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
         sys.stdout,
     )
     if unknown:
-        say(f"{unknown:,} tokens are words that the vocabulary lacks: {UNKNOWN}", sys.stdout)
+        say(f"{unknown:,} tokens are words that the vocabulary lacks: <|unk|>", sys.stdout)
     if masked:
         say(
             f"{meta['train_learned']:,} of the training tokens are learned, the others are only read",
@@ -1247,7 +1247,7 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=B
             "is taken as text)"
         )
     if masked and count == 1:
-        raise UserError(f"a single conversation cannot be split: data/{name} needs several")
+        raise UserError("a single conversation cannot be split: give several")
     if kind not in TOKENIZERS:
         check_characters(tokenizer, entries)
     elif kind == "bpe":
@@ -1316,7 +1316,7 @@ def prepare_gpt2(name, size):
     # TensorFlow needs all files of a checkpoint in one folder, as OpenAI has them.
     weights, model_args = read_gpt2(path.parent)
     with new_folder(name, GPT2Tokenizer, sources) as (folder, meta):
-        with user_error(f"cannot write {checkpoint}, is the disk full?"):
+        with user_error("the weights cannot be written, is the disk full?"):
             torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
     shutil.rmtree(path.parent)  # these files are as large, and no longer needed
     say(f"{checkpoint} is ready for --init_from={name}", sys.stdout)
