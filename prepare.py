@@ -221,11 +221,12 @@ def fetch(address, part):
         status = response.status_code
         asked = f"bytes {start}-"
         rest = status == 206 and response.headers.get("Content-Range", asked).startswith(asked)
-        if status in (200, 206, 416) and not rest:
-            part.unlink(missing_ok=True)
-            version.unlink(missing_ok=True)
-        if status != 200 and not rest:
-            raise OSError(f"the answer was {status} {response.reason}")
+        if not rest:
+            if status in (200, 206, 416):
+                part.unlink(missing_ok=True)
+                version.unlink(missing_ok=True)
+            if status != 200:
+                raise OSError(f"the answer was {status} {response.reason}")
         found = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if found:
             write_file(version, found.encode())
