@@ -549,7 +549,7 @@ def tokenizer_of(name, checkpoint=None):
     if checkpoint is None:
         from model import load_checkpoint
 
-        with user_error(f"--tokenizer={name} is none of {', '.join(TOKENIZERS)}, and no checkpoint"):
+        with user_error(f"--tokenizer={name} is neither one of those in --help nor a checkpoint"):
             checkpoint = load_checkpoint(path)
     if "meta" in checkpoint:
         return load_tokenizer(checkpoint["meta"])
@@ -786,9 +786,10 @@ class TextFiles:
 
         Line ends become newlines, and a byte order mark is dropped.
         """
-        # Damage is found only when the file is read, inside the with block.
-        damage = user_error(f"{path} is damaged")
-        with opener(path)(path, "rt", encoding=self.encoding, errors=self.errors) as file, damage:
+        with (
+            opener(path)(path, "rt", encoding=self.encoding, errors=self.errors) as file,
+            user_error(f"{path} is damaged"),  # which is found only when the file is read
+        ):
             try:
                 if self.encoding == "utf-8":
                     check_head(path, file.buffer.read(4096))
@@ -1316,9 +1317,11 @@ def prepare_gpt2(name, size):
         sources.append({"url": url, "sha256": file_sha256(path)})
     # TensorFlow needs all files of a checkpoint in one folder, as OpenAI has them.
     weights, model_args = read_gpt2(path.parent)
-    with new_folder(name, GPT2Tokenizer, sources) as (folder, meta):
-        with user_error("the weights cannot be written, is the disk full?"):
-            torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
+    with (
+        new_folder(name, GPT2Tokenizer, sources) as (folder, meta),
+        user_error("the weights cannot be written, is the disk full?"),
+    ):
+        torch.save({"model": weights, "model_args": model_args, "meta": meta}, folder / "ckpt.pt")
     shutil.rmtree(path.parent)  # these files are as large, and no longer needed
     say(f"{checkpoint} is ready for --init_from={name}", sys.stdout)
 
