@@ -330,9 +330,7 @@ class CharTokenizer(Tokenizer):
         ids = self.table[codes]  # (characters,)
         unknown = codes[ids < 0]
         if len(unknown):
-            raise UserError(
-                f"the character {chr(unknown[0])!r} (U+{unknown[0]:04X}) is not in the vocabulary"
-            )
+            raise not_in_vocabulary(chr(unknown[0]))
         return ids.astype("<u2")
 
     def decode(self, ids):
@@ -489,6 +487,10 @@ def fetch_gpt2_vocabulary():
         say(f"GPT-2's vocabulary is still missing: {error}", sys.stderr)
 
 
+def not_in_vocabulary(char):
+    return UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
+
+
 def check_characters(tokenizer, characters):
     """Raises UserError, which names the character, if a vocabulary from elsewhere would lose one of a text."""
     for char in sorted(characters):
@@ -496,7 +498,7 @@ def check_characters(tokenizer, characters):
         # lost, or become another, such as its lower case. A word would be <|unk|>, which is counted.
         kept = tokenizer.decode(2 * tokenizer.encode(char))
         if tokenizer.keeps_text and (char not in kept or kept.replace(char, "").strip()):
-            raise UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
+            raise not_in_vocabulary(char)
 
 
 def as_hugging_face(tokenizer):
