@@ -279,8 +279,7 @@ class Tokenizer:
     """
 
     end_of_text = None
-    unknown = None  # the ID of all that the vocabulary lacks, if there is one
-    keeps_text = True  # whether decode(encode(text)) is the text
+    keeps_text = True  # whether decode(encode(text)) is the text; if not, unknown is the ID of what is lost
 
     # If the vocabulary comes from the text itself, entries(text) are the entries that the text needs, and
     # from_entries(set of all entries, several) makes the tokenizer. several: whether there are several
@@ -1189,7 +1188,7 @@ def write_bins(name, encoded, tokenizer, sources, masked=False):
         files = {file: stack.enter_context(open(folder / f"{file}.bin", "wb")) for file in names}
         for split, text, ids in encoded:
             files[split].write(ids)
-            if tokenizer.unknown is not None:
+            if not tokenizer.keeps_text:
                 unknown += np.count_nonzero(ids == tokenizer.unknown)
             counts[f"{split}_tokens"] += len(ids)
             if masked:
