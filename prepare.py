@@ -1515,8 +1515,13 @@ def main():
     )
     parser.error = refuse
     add = parser.add_argument
-    own = f"your own files, or one of {', '.join(NAMES)}"
-    add("what", nargs="*", default=["pydocs"], metavar="NAME|PATH", help=own)
+    add(
+        "what",
+        nargs="*",
+        default=["pydocs"],
+        metavar="NAME|PATH",
+        help=f"your own files, or one of {', '.join(NAMES)}",
+    )
     add(
         "--tokenizer",
         help="char, word, gpt2, bpe, or whose to take: a dataset's folder, a checkpoint or a tokenizer.json; "
