@@ -848,10 +848,16 @@ class TextFiles:
             columns = ["text", "messages", "instruction", "input", "output"]
             if self.text_key:
                 columns = [self.text_key]
-            batches = ParquetFile(path).iter_batches(16, columns=columns)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield from self.documents_of(row, f"{path}, record {number}")
+            number = 1
+            for batch in ParquetFile(path).iter_batches(16, columns=columns):
+                if batch.nbytes > LONGEST:  # a small file may unpack to gigabytes
+                    raise UserError(
+                        f"{path}: 16 rows are longer than {LONGEST:,} bytes and could fill the memory; "
+                        "put long texts into files of their own"
+                    )
+                for row in batch.to_pylist():
+                    yield from self.documents_of(row, f"{path}, record {number}")
+                    number += 1
 
     def documents_of(self, record, place):
         """The documents of a record: a conversation, or those of its text. Raises UserError, with the place."""

@@ -841,6 +841,20 @@ def test_a_small_file_that_unpacks_to_much_takes_little_memory(tmp_path, suffix)
     assert "100,000,000 characters" in done.stderr
 
 
+def test_rows_that_unpack_to_much_are_refused(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(prepare, "LONGEST", 1000)
+    for name, texts in (("short", ["a" * 50] * 40), ("long", ["a" * 50] * 20 + ["a" * 2000])):
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(parquet.pa.table({"text": texts}), path, compression="zstd")
+        read = prepare.TextFiles([path])
+        if name == "short":
+            assert [[*document] for document in read] == [[text] for text in texts]
+        else:
+            with pytest.raises(prepare.UserError, match="1,000 bytes and could fill the memory"):
+                list(read)
+
+
 def test_what_stops_between_two_renames_loses_no_dataset(tmp_path, monkeypatch):
     """The old dataset comes back at once, and after a kill with the next run, even if that one fails."""
     monkeypatch.chdir(tmp_path)
