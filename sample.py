@@ -144,9 +144,8 @@ def crop(model, ids):
 
 
 def encode_prompt(tokenizer, text):
-    """The cleaned text, and its token IDs, of which there is at least one. Raises UserError."""
-    text = clean(text)
-    return text, tokenizer.encode(text) or [first_token(tokenizer)]  # a model cannot continue nothing
+    """The token IDs of a text to continue, at least one. Raises UserError."""
+    return tokenizer.encode(clean(text)) or [first_token(tokenizer)]  # a model cannot continue nothing
 
 
 def first_token(tokenizer):
@@ -165,9 +164,8 @@ def first_token(tokenizer):
 class Sample:
     """A text that grows token by token after its prompt, until stop or end-of-text comes."""
 
-    def __init__(self, tokenizer, prompt, prompt_ids, seed):
+    def __init__(self, tokenizer, prompt_ids, seed):
         self.tokenizer = tokenizer
-        self.prompt = prompt
         self.prompt_ids = prompt_ids
         self.seed = seed
         self.ids = []  # all new tokens, with end-of-text
@@ -208,7 +206,7 @@ class Sample:
 @torch.no_grad()
 def print_probs(model, tokenizer, prompts):
     """Print what may come after each prompt: the ten likeliest tokens, their probabilities, and bars."""
-    for _, ids in prompts:
+    for ids in prompts:
         idx = torch.tensor([crop(model, ids)], device=model.lm_head.weight.device)  # (1, T)
         logits = model(idx)[0][0, -1, : tokenizer.vocab_size].float()  # (V,)
         if not logits.isfinite().all():
@@ -253,18 +251,18 @@ def generate(model, tokenizer, samples, shows):
 
 
 def complete(model, tokenizer, prompts):
-    """Print num_samples continuations of each prompt, (text, token IDs); returns the first Sample."""
-    prompts = [(text, crop(model, ids)) for text, ids in prompts]
-    samples = [Sample(tokenizer, *prompt, seed + i) for prompt in prompts for i in range(num_samples)]
+    """Print num_samples continuations of each prompt, a list of token IDs; returns the first Sample."""
+    prompts = [crop(model, ids) for ids in prompts]
+    samples = [Sample(tokenizer, ids, seed + i) for ids in prompts for i in range(num_samples)]
     first = samples[0]
     started = time.perf_counter()
-    note(first.prompt, end="")
+    note(tokenizer.decode(first.prompt_ids), end="")
     for batch in batches(samples, model.config):  # the first sample is in the first batch
         generate(model, tokenizer, batch, shows=batch[0] is first)
     seconds = time.perf_counter() - started
     for sample in samples[1:]:
         show("---\n")  # so that samples do not run together in a file
-        note(sample.prompt, end="")
+        note(tokenizer.decode(sample.prompt_ids), end="")
         show(sample.text + "\n")
     count = sum(len(sample.ids) for sample in samples)
     note(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s")
@@ -309,7 +307,7 @@ def answer(model, tokenizer, messages):
         ids = [token for piece in render(messages[oldest:]) for token in tokenizer.encode(piece)]
         if len(ids) <= model.config.block_size // 2:
             break  # otherwise drop the oldest question and answer: half of the context is for the new answer
-    sample = Sample(tokenizer, "", crop(model, ids), seed)
+    sample = Sample(tokenizer, crop(model, ids), seed)
     generate(model, tokenizer, [sample], shows=True)
     # what no message may hold, although a model can write it
     text = sample.text.replace("\0", "").replace(END_OF_TEXT, "")

@@ -27,7 +27,7 @@ ARGS = ["--out_dir=out/trained", "--max_new_tokens=60", "--device=cpu"]
 def text_stream(tokenizer, ids, prompt, stop):
     """The pieces of text that come out, token by token and at the end."""
     with patch.object(sample, "stop", stop):
-        stream = Sample(tokenizer, "", prompt, 0)
+        stream = Sample(tokenizer, prompt, 0)
         return [stream.push(token) for token in [*ids, None]]
 
 
@@ -109,7 +109,7 @@ def test_a_file_of_prompts_is_as_one_at_a_time(trained, workdir):
 
 def test_batches_are_as_large_as_memory_allows(monkeypatch):
     config = GPTConfig(block_size=8, vocab_size=10, n_layer=1, n_head=1, n_embd=4)
-    rows = [Sample(CharTokenizer(["a"]), "", [0] * n, 0) for n in (3, 5, 3, 3, 5, 3)]
+    rows = [Sample(CharTokenizer(["a"]), [0] * n, 0) for n in (3, 5, 3, 3, 5, 3)]
 
     def batches():
         return [[rows.index(row) for row in batch] for batch in sample.batches(rows, config)]
@@ -285,7 +285,7 @@ def test_numbers_that_overflow_are_said():
     model.transformer.wte.weight.data.fill_(float("nan"))
     tokenizer = CharTokenizer(list("abc"))
     with pytest.raises(sample.UserError, match="float32"):
-        sample.generate(model, tokenizer, [Sample(tokenizer, "a", [0], 0)], shows=False)
+        sample.generate(model, tokenizer, [Sample(tokenizer, [0], 0)], shows=False)
 
 
 def test_the_first_token_where_a_newline_is_nothing():
