@@ -162,7 +162,7 @@ def first_token(tokenizer):
 
 
 class Sample:
-    """A text that grows token by token after its prompt, until stop or end-of-text comes."""
+    """A text that grows token by token after its prompt, until stop, end-of-text or max_new_tokens ends it."""
 
     def __init__(self, tokenizer, prompt_ids, seed):
         self.tokenizer = tokenizer
@@ -177,13 +177,14 @@ class Sample:
         self.ended = False
 
     def push(self, token):
-        """Take the next token, or None if there is none; return the text that is ready."""
+        """Take the next token; return the text that is ready."""
         if self.ended:
             return ""
-        if token is not None:
-            self.ids.append(token)
-        self.ended = token in (None, self.tokenizer.end_of_text)
-        if not self.ended:
+        self.ids.append(token)
+        self.ended = len(self.ids) == max_new_tokens
+        if token == self.tokenizer.end_of_text:
+            self.ended = True
+        else:
             self.recent.append(token)
         # only recent tokens are decoded: decoding all of them each time would take quadratic time
         text = self.tokenizer.decode(self.recent)
@@ -245,9 +246,8 @@ def generate(model, tokenizer, samples, shows):
             show(pieces[0])
         if all(sample.ended for sample in samples):
             break
-    pieces = [sample.push(None) for sample in samples]
     if shows:
-        show(pieces[0] + "\n")
+        show("\n")
 
 
 def complete(model, tokenizer, prompts):

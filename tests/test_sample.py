@@ -25,10 +25,10 @@ ARGS = ["--out_dir=out/trained", "--max_new_tokens=60", "--device=cpu"]
 
 
 def text_stream(tokenizer, ids, prompt, stop):
-    """The pieces of text that come out, token by token and at the end."""
-    with patch.object(sample, "stop", stop):
+    """The pieces of text that come out, token by token."""
+    with patch.object(sample, "stop", stop), patch.object(sample, "max_new_tokens", len(ids)):
         stream = Sample(tokenizer, prompt, 0)
-        return [stream.push(token) for token in [*ids, None]]
+        return [stream.push(token) for token in ids]
 
 
 def sampled(workdir, *args):
