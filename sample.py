@@ -162,7 +162,7 @@ def first_token(tokenizer):
 
 
 class Sample:
-    """A text that grows token by token after its prompt, until stop, end-of-text or max_new_tokens ends it."""
+    """A text that grows token by token, until stop, end-of-text or max_new_tokens ends it."""
 
     def __init__(self, tokenizer, prompt_ids, seed):
         self.tokenizer = tokenizer
@@ -204,20 +204,26 @@ class Sample:
         return piece
 
 
+def log_probs(logits, tokenizer):
+    """Logarithms (..., V) in float32 of the probabilities of the tokenizer's V IDs. Raises UserError."""
+    logprobs = logits[..., : tokenizer.vocab_size].float().log_softmax(-1)
+    if not logprobs.isfinite().all():
+        raise UserError(OVERFLOW)
+    return logprobs
+
+
 @torch.no_grad()
 def print_probs(model, tokenizer, prompts):
     """Print what may come after each prompt: the ten likeliest tokens, their probabilities, and bars."""
     for ids in prompts:
         idx = torch.tensor([crop(model, ids)], device=model.lm_head.weight.device)  # (1, T)
-        logits = model(idx)[0][0, -1, : tokenizer.vocab_size].float()  # (V,)
-        if not logits.isfinite().all():
-            raise UserError(OVERFLOW)
-        probs = [(logits / t).softmax(-1) for t in (0.5, 1.0, 1.5)]
+        logprobs = log_probs(model(idx)[0][0, -1], tokenizer)  # (V,)
         show("temperature 0.5           temperature 1.0           temperature 1.5           next token\n")
-        for token in logits.argsort(descending=True)[:10].tolist():
-            for p in probs:
-                bar = "█" * round(16 * p[token].item())
-                show(f"{p[token]:6.1%} {bar:18} ")
+        for token in logprobs.argsort(descending=True)[:10].tolist():
+            for t in (0.5, 1.0, 1.5):
+                p = (logprobs / t).softmax(-1)[token].item()
+                bar = "█" * round(16 * p)
+                show(f"{p:6.1%} {bar:18} ")
             show(repr(tokenizer.decode([token])) + "\n")
 
 
@@ -348,13 +354,10 @@ def look_inside(model, tokenizer, ids):
     layers = []
     known = {*ids}  # the tokens whose text the page shows
     for x in residuals:  # what the model would predict if it ended there
-        logits = model.lm_head(parts.ln_f(x))[0, :, : tokenizer.vocab_size]
-        logprobs = logits.float().log_softmax(-1)  # (T, V)
+        logprobs = log_probs(model.lm_head(parts.ln_f(x))[0], tokenizer)  # (T, V)
         top = logprobs.topk(min(10, tokenizer.vocab_size))
         layers.append({"ids": top.indices.tolist(), "logprobs": numbers(top.values)})
         known.update(top.indices.flatten().tolist())
-    if not logprobs.isfinite().all():
-        raise UserError(OVERFLOW)
     came = logprobs[:-1].gather(1, idx[0, 1:, None])  # (T - 1, 1), of the tokens that came
     # at another temperature the probabilities need another normalizer, a sum over the whole vocabulary
     temperatures = [step / 10 for step in range(1, 21)]
