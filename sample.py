@@ -110,7 +110,7 @@ def find_checkpoint():
 
 def input_lines():
     """Each line of standard input; on a terminal, after the prompt "> "."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # clean refuses other bytes
+    sys.stdin.reconfigure(errors="surrogateescape")  # clean refuses the bytes that are not UTF-8
     while True:
         if sys.stdin.isatty():
             note("> ", end="")
