@@ -383,13 +383,14 @@ def look_inside(model, tokenizer, ids):
 def write_page(model, tokenizer, source, sample):
     """Write a page that needs nothing else: assets/look.html with the data of a sample. Raises OSError."""
     ids = crop(model, sample.prompt_ids + sample.ids)
-    data = look_inside(model, tokenizer, ids)
-    data["source"] = source
-    data["prompt_tokens"] = max(0, len(ids) - len(sample.ids))  # those that are still in the context
+    data = look_inside(model, tokenizer, ids) | {
+        "source": source,
+        "prompt_tokens": max(0, len(ids) - len(sample.ids)),  # those that are still in the context
+    }
     text = json.dumps(data).replace("<", "\\u003c")  # so that no text can end the page's script
-    template = Path(__file__).with_name("assets") / "look.html"
-    html = template.read_text(encoding="utf-8").replace("PAGE_DATA", text)
-    write_file(Path(os.path.expanduser(page)), html.encode())
+    template = Path(__file__).parent / "assets/look.html"
+    html = template.read_bytes().replace(b"PAGE_DATA", text.encode())
+    write_file(Path(os.path.expanduser(page)), html)
     note(f"{page}: open it in a browser")
 
 
