@@ -359,22 +359,21 @@ def look_inside(model, tokenizer, ids):
         layers.append({"ids": top.indices.tolist(), "logprobs": numbers(top.values)})
         known.update(top.indices.flatten().tolist())
     came = logprobs[:-1].gather(1, idx[0, 1:, None])  # (T - 1, 1), of the tokens that came
-    # at another temperature the probabilities need another normalizer, a sum over the whole vocabulary
     temperatures = [step / 10 for step in range(1, 21)]
-    scales = {t: numbers((logprobs / t).logsumexp(-1)) for t in temperatures}
     # one byte for each weight on an earlier token or itself; the square root keeps small weights visible
-    earlier = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    rows, columns = torch.tril_indices(len(ids), len(ids))
     attention = bytearray()
     for w in weights:
         shades = (255 * w[0].float().sqrt()).round().byte().cpu()  # (H, T, T)
-        attention += shades[:, earlier].numpy().tobytes()
+        attention += shades[:, rows, columns].numpy().tobytes()
     return {
         "ids": ids,
         "texts": {token: tokenizer.decode([token]) for token in known},
-        "logprobs": numbers(came[:, 0]),
+        "logprobs": numbers(came.flatten()),
         "ranks": (1 + (logprobs[:-1] > came).sum(-1)).tolist(),
         "layers": layers,
-        "scales": scales,
+        # at another temperature the probabilities need another normalizer, a sum over the whole vocabulary
+        "scales": {t: numbers((logprobs / t).logsumexp(-1)) for t in temperatures},
         "heads": model.config.n_head,
         "attention": base64.b64encode(zlib.compress(attention)).decode(),
     }
