@@ -260,13 +260,13 @@ def complete(model, tokenizer, prompts):
     """Print num_samples continuations of each prompt, a list of token IDs; returns the first Sample."""
     prompts = [crop(model, ids) for ids in prompts]
     samples = [Sample(tokenizer, ids, seed + i) for ids in prompts for i in range(num_samples)]
-    first = samples[0]
+    first, *others = samples
     started = time.perf_counter()
     note(tokenizer.decode(first.prompt_ids), end="")
     for batch in batches(samples, model.config):  # the first sample is in the first batch
         generate(model, tokenizer, batch, shows=batch[0] is first)
     seconds = time.perf_counter() - started
-    for sample in samples[1:]:
+    for sample in others:
         show("---\n")  # so that samples do not run together in a file
         note(tokenizer.decode(sample.prompt_ids), end="")
         show(sample.text + "\n")
