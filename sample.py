@@ -108,18 +108,6 @@ def find_checkpoint():
     raise UserError(f"there is no {out_dir}/best.pt, and no ckpt.pt: train a run, or name one by --out_dir")
 
 
-def input_lines():
-    """Each line of standard input; on a terminal, after the prompt "> "."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # clean refuses the bytes that are not UTF-8
-    while True:
-        if sys.stdin.isatty():
-            note("> ", end="")
-        line = sys.stdin.readline()
-        if not line:
-            return
-        yield line.rstrip("\r\n")
-
-
 def read_prompts():
     """The texts to continue: start, or what the file holds that it names. Raises UserError."""
     if not start.startswith(("FILE:", "LINES:")):
@@ -292,12 +280,18 @@ def batches(samples, config):
 
 
 def answer_lines(model, tokenizer, write):
-    """Continue each line of standard input by write, or answer it in a chat."""
+    """Continue each line of standard input by write, or answer it in a chat, until the input ends."""
+    sys.stdin.reconfigure(errors="surrogateescape")  # clean refuses the bytes that are not UTF-8
     messages = []  # what was said in the chat
-    for line in input_lines():
+    while True:
+        if sys.stdin.isatty():
+            note("> ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
         try:
             if not chat:
-                write(model, tokenizer, [encode_prompt(tokenizer, line)])
+                write(model, tokenizer, [encode_prompt(tokenizer, line.rstrip("\r\n"))])
             elif line.strip() == "/new":
                 messages = []
             elif line.strip():
