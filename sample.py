@@ -78,7 +78,7 @@ from prepare import (
 )
 
 # The largest batch, in numbers: keys, values and some logits of each text. In float32 it takes 8 GB.
-BATCH_NUMBERS = 2 << 30
+BATCH_NUMBERS = 2_000_000_000
 OVERFLOW = "the model's numbers overflow in this precision; try --dtype=float32"
 
 # -- where text goes -----------------------------------------------------------------------------------------
