@@ -39,12 +39,12 @@ if __name__ == "__main__":
 
 import base64
 import json
-import os
 import sys
 import tempfile
 import time
 import zlib
 from contextlib import suppress
+from os.path import expanduser
 from pathlib import Path
 
 import torch
@@ -113,7 +113,7 @@ def read_prompts():
     if not start.startswith(("FILE:", "LINES:")):
         return [start]
     kind, name = start.split(":", 1)
-    path = Path(os.path.expanduser(name))
+    path = Path(expanduser(name))
     if not path.is_file():  # reading a pipe could wait for ever
         raise UserError(f"{path}: there is no such file")
     # encode_prompt refuses the bytes that are not UTF-8
@@ -383,7 +383,7 @@ def write_page(model, tokenizer, source, sample):
     text = json.dumps(data).replace("<", "\\u003c")  # so that no text can end the page's script
     template = Path(__file__).parent / "assets/look.html"
     html = template.read_bytes().replace(b"PAGE_DATA", text.encode())
-    write_file(Path(os.path.expanduser(page)), html)
+    write_file(Path(expanduser(page)), html)
     note(f"{page}: open it in a browser")
 
 
@@ -469,7 +469,7 @@ def export_folder(checkpoint, tokenizer, folder):
 
 def export_whole(checkpoint, tokenizer):
     """Export, so that the folder is there complete or not at all. Raises ModelError or UserError."""
-    folder = Path(os.path.expanduser(export))
+    folder = Path(expanduser(export))
     if folder.exists():
         raise UserError(f"{folder} is there already; --export wants a new folder")
     on_ctrl_c(interrupt)  # which removes what is half written
