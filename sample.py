@@ -504,7 +504,7 @@ def check_settings(tokenizer, block_size):
         possible = tokenizer.decode([*range(tokenizer.vocab_size)])
         with suppress(UserError):  # which would name the character, but not --stop
             possible += tokenizer.decode(tokenizer.encode(clean(stop)))
-        lost = set(stop) - set(possible)
+        lost = set(stop).difference(possible)
         if lost:
             raise UserError(f"--stop={stop!r} never comes: this vocabulary cannot write {min(lost)!r}")
 
