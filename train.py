@@ -298,7 +298,8 @@ class Metrics:
         run.mkdir(parents=True, exist_ok=True)
         self.alone = lock(run)  # kept, or Python would release it
         self.alone.__enter__()  # until the process ends
-        self.board = SummaryWriter(run, purge_step=step) if tensorboard else None
+        if tensorboard:
+            self.board = SummaryWriter(run, purge_step=step)
         old = self.path.read_bytes() if self.path.is_file() else b""
         for text in old.splitlines():
             with suppress(Exception):  # a kill may have cut a line short
@@ -321,7 +322,7 @@ class Metrics:
         except OSError as error:
             warn(f"metrics.jsonl is not written, its lines will follow: {error.strerror}")
         for name, value in line.items():
-            if self.board and value is not None:
+            if tensorboard and value is not None:
                 self.board.add_scalar(name, value, line["step"])
 
     def plot(self):
