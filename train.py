@@ -318,7 +318,7 @@ class Metrics:
         self.lines.append(line)
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                print(json.dumps(line), file=file)
         except OSError as error:
             warn(f"metrics.jsonl is not written, its lines will follow: {error.strerror}")
         for name, value in line.items():
