@@ -689,7 +689,7 @@ def main(given):
             stop_if_not_finite(train_loss + val_loss, report)
             improved = val_loss < best_val_loss
             if improved:
-                best_val_loss, waited = val_loss, 0
+                best_before, best_val_loss, waited = best_val_loss, val_loss, 0
             elif step > last_evaluation:  # otherwise it was counted before the run was resumed
                 waited += 1
             last_evaluation = step
@@ -735,7 +735,7 @@ def main(given):
                 if improved and not save_or_warn(run / "best.pt", state):
                     saved = False
                     if world_size == 1:  # try again as soon as a loss is below that of the file
-                        best_val_loss = loss_to_beat(run / "best.pt", measured_by)
+                        best_val_loss = best_before
         if ends:
             if not saved:
                 raise UserError("the end of the run is lost, because ckpt.pt or best.pt could not be written")
