@@ -471,10 +471,11 @@ def on_signal(number, _frame):
 def start_machine():
     """Connect to the other processes of torchrun, if any. Returns device and dtype. Raises UserError."""
     use_device = device
-    if world_size > 1 and device != "cpu" and torch.cuda.is_available():
-        use_device = f"cuda:{local_rank}"  # each process has a GPU of its own
-    elif world_size > 1 and device == "auto":
-        use_device = "cpu"  # several processes cannot share an Apple GPU
+    if world_size > 1:
+        if device != "cpu" and torch.cuda.is_available():
+            use_device = f"cuda:{local_rank}"  # each process has a GPU of its own
+        elif device == "auto":
+            use_device = "cpu"  # several processes cannot share an Apple GPU
     use_device = torch.device(pick_device(use_device)).type  # "cuda" is the GPU that pick_device has chosen
     if world_size > 1:
         chosen = backend
