@@ -695,7 +695,7 @@ def main(given):
                 waited += 1
             last_evaluation = step
             if patience and waited >= patience:
-                print0(f"no better validation loss for {waited} evaluations: the run ends ({patience=})")
+                print0(f"no better validation loss for {waited} evaluations: --patience ends the run")
                 ends = True
             if metrics:
                 metrics.log(
