@@ -128,6 +128,7 @@ try:
     world_size = int(os.getenv("WORLD_SIZE", 1))
 except ValueError:
     sys.exit("train.py: RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets, must be whole numbers")
+distributed = world_size > 1
 
 # -- data ----------------------------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ def get_lr(step, peak, lowest, warmup_iters, decay_iters, schedule="cosine"):
 
 def sum_over_processes(numbers, device):
     """Each of the numbers, summed over all processes. Every process must call this."""
-    if world_size == 1:
+    if not distributed:
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)  # NCCL sums on GPUs, gloo on CPUs
     dist.all_reduce(sums)
@@ -471,13 +472,13 @@ def on_signal(number, _frame):
 def start_machine():
     """Connect to the other processes of torchrun, if any. Returns device and dtype. Raises UserError."""
     use_device = device
-    if world_size > 1:
+    if distributed:
         if device != "cpu" and torch.cuda.is_available():
             use_device = f"cuda:{local_rank}"  # each process has a GPU of its own
         elif device == "auto":
             use_device = "cpu"  # several processes cannot share an Apple GPU
     use_device = torch.device(pick_device(use_device)).type  # "cuda" is the GPU that pick_device has chosen
-    if world_size > 1:
+    if distributed:
         chosen = backend
         if backend == "auto":
             chosen = dist.get_default_backend_for_device(use_device)  # nccl for CUDA, gloo for CPUs
@@ -626,7 +627,7 @@ def main(given):
     if sum_over_processes([step], use_device)[0] != step * world_size:
         raise UserError("the machines find different checkpoints: all of them must share the folder out_dir")
     compiled = compiled_or_not(model, use_device)
-    parallel = DistributedDataParallel(compiled) if world_size > 1 else compiled
+    parallel = DistributedDataParallel(compiled) if distributed else compiled
 
     # -- batches and schedule
     rows = gradient_accumulation_steps * batch_size  # windows a step, of all processes together
@@ -735,7 +736,7 @@ def main(given):
                 saved = save_or_warn(run / "ckpt.pt", state | rest)
                 if improved and not save_or_warn(run / "best.pt", state):
                     saved = False
-                    if world_size == 1:  # try again as soon as a loss is below that of the file
+                    if not distributed:  # try again as soon as a loss is below that of the file
                         best_val_loss = best_before
         if ends:
             if not saved:
@@ -776,7 +777,7 @@ def main(given):
         bar.update()
 
         # log; several processes agree to stop only here
-        logs = step % log_interval == 0 or (stop_requested and world_size == 1)
+        logs = step % log_interval == 0 or (stop_requested and not distributed)
         if logs:
             mean_loss, stopping = sum_over_processes(
                 [loss_sum.item() / world_size, bool(stop_requested)], use_device
@@ -818,7 +819,7 @@ def main(given):
 def resume_command():
     """The command that goes on with this run. On several machines, torchrun's other flags stay the same."""
     launch = "python"
-    if world_size > 1:
+    if distributed:
         launch = f"torchrun --nproc_per_node={os.getenv('LOCAL_WORLD_SIZE')}"
     return f"{launch} {shlex.join(['train.py', *sys.argv[1:], '--init_from=resume'])}"
 
@@ -835,7 +836,7 @@ def end(message):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(2 * local_rank)
     say(f"train.py: {message}", sys.stderr)
-    if world_size > 1:
+    if distributed:
         os._exit(1)  # an orderly end would wait for a lost process
     sys.exit(1)
 
@@ -847,7 +848,7 @@ if __name__ == "__main__":
                 "GPT-2's size is too much without a GPU; try python train.py config/quickstart.py"
             )
         main(given)
-        if world_size > 1:
+        if distributed:
             gc.unfreeze()
             gc.collect()  # frees DDP, which holds the process group, whose threads could abort Python's end
             dist.destroy_process_group()

@@ -235,7 +235,7 @@ def test_processes_do_not_share_an_apple_gpu(monkeypatch, processes, used):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("mps"))
     monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(train, "world_size", processes)
+    monkeypatch.setattr(train, "distributed", processes > 1)
     assert train.start_machine() == (used, "float32")
 
 
