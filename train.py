@@ -778,15 +778,13 @@ def main(given):
 
         # log; several processes agree to stop only here
         logs = step % log_interval == 0 or (stop_requested and not distributed)
+        if logs or (step + 1) % eval_interval == 0 or step + 1 == last_step:
+            norm = grad_norm.item()  # wait for the GPU now: the time of logs and evaluations does not count
+        seconds += time.perf_counter() - started
         if logs:
             mean_loss, stopping = sum_over_processes(
                 [loss_sum.item() / world_size, bool(stop_requested)], use_device
             )
-        elif (step + 1) % eval_interval == 0 or step + 1 == last_step:
-            grad_norm.item()  # wait for the GPU, or the evaluation would, whose time does not count
-        seconds += time.perf_counter() - started
-        if logs:
-            norm = grad_norm.item()
             speed = (tokens - logged_tokens) / (seconds - logged_seconds)  # tokens a second
             report = (
                 f"iter {step}: loss {mean_loss:.4f}, lr {lr:.3g}, "
