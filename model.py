@@ -453,12 +453,12 @@ class GPT(nn.Module):
         """
         matrices, vectors, for_muon = [], [], []
         for name, p in self.named_parameters():
+            kind = matrices
             if p.dim() < 2:
-                vectors.append((name, p))
+                kind = vectors
             elif muon_learning_rate is not None and name.startswith("transformer.h."):
-                for_muon.append((name, p))
-            else:
-                matrices.append((name, p))
+                kind = for_muon
+            kind.append((name, p))
         # decay pulls weights towards 0, where biases and LayerNorm scales have no reason to go
         groups = [
             {"params": matrices, "weight_decay": weight_decay},
