@@ -77,15 +77,14 @@ class GPTConfig:
     def __post_init__(self):
         for name, value in vars(self).items():  # a file may hold values of any type
             kind = GPTConfig.__annotations__[name]
-            # an int may stand where a float or a bool is wanted; but True, which Python counts as an int, is
-            # no number
-            if not isinstance(value, kind | int) or (isinstance(value, bool) and kind in (int, float)):
+            if not isinstance(value, kind | int):  # an int may stand where a float or a bool is wanted
                 raise ModelError(f"{name} cannot be {value!r:.40}")
             if value not in FIELD_CHOICES.get(name, [value]):
                 raise ModelError(f"{name}={value!r} is none of {', '.join(FIELD_CHOICES[name])}")
         for name, (low, limit) in FIELD_RANGES.items():
             value = value_or(getattr(self, name), low)
-            if not low <= value < limit:
+            # True, which Python counts as an int, is no number
+            if isinstance(value, bool) or not low <= value < limit:
                 raise ModelError(f"{name} must be at least {low} and below {limit}, not {value}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
