@@ -748,12 +748,11 @@ def load_hugging_face(folder):
                 raise ModelError(f"{name} is {settings[name]!r}, none of {values}")
         args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
         args["activation"] = HF_ACTIVATIONS[args["activation"]]
-        tensors = {}
+        weights = {}
         for path in weight_files(folder):
-            found = load_tensors(path) if path.suffix == ".bin" else load_file(path)
-            check_sizes(found, path)
-            tensors |= found
-        weights = {name: transposed(name, tensor) for name, tensor in tensors.items()}
+            tensors = load_tensors(path) if path.suffix == ".bin" else load_file(path)
+            check_sizes(tensors, path)
+            weights |= {name: transposed(name, tensor) for name, tensor in tensors.items()}
         return {"model": weights, "model_args": asdict(GPTConfig(**args))}
     except Exception as error:  # safetensors and pickle have their own types of errors
         raise ModelError(
