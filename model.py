@@ -617,10 +617,8 @@ class Muon(torch.optim.Optimizer):
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
 
-# The fields that train.py writes, and their types. A file may lack some of them.
+# The fields that train.py writes beside model and model_args, and their types. A file may lack some of them.
 CHECKPOINT_FIELDS = {
-    "model": dict,
-    "model_args": dict,
     "config": dict,
     "meta": dict,
     "step": int,
