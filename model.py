@@ -688,8 +688,8 @@ def check_sizes(tensors, path):
         raise TypeError("its tensors are larger than the file")
 
 
-# {our name: Hugging Face's name} of GPTConfig's fields. Dropouts are left out: they belong to a run, not to
-# its weights.
+# {our name: Hugging Face's name} of GPTConfig's fields that have the same values there. Dropouts are left
+# out: they belong to a run, not to its weights.
 HF_NAMES = {
     "vocab_size": "vocab_size",
     "block_size": "n_positions",
@@ -697,7 +697,6 @@ HF_NAMES = {
     "n_head": "n_head",
     "n_embd": "n_embd",
     "tie_weights": "tie_word_embeddings",
-    "activation": "activation_function",
 }
 HF_DEFAULTS = {"tie_word_embeddings": True, "activation_function": "gelu_new"}  # older files lack these
 HF_ACTIVATIONS = {  # {Hugging Face's name: ours}; we write the last name of "gelu"
@@ -745,7 +744,7 @@ def load_hugging_face(folder):
             if name in settings and settings[name] not in values:
                 raise ModelError(f"{name} is {settings[name]!r}, none of {values}")
         args = {ours: settings[theirs] for ours, theirs in HF_NAMES.items()}
-        args["activation"] = HF_ACTIVATIONS[args["activation"]]
+        args["activation"] = HF_ACTIVATIONS[settings["activation_function"]]
         weights = {}
         for path in weight_files(folder):
             tensors = load_tensors(path) if path.suffix == ".bin" else load_file(path)
