@@ -330,7 +330,10 @@ class Metrics:
                 axes.plot(losses.keys(), losses.values(), label=key)
             evaluations = [line for line in self.lines if "val_loss" in line]
             best = min(evaluations, key=lambda line: line["val_loss"])
-            axes.plot(best["step"], best["val_loss"], "k*", label=f"best: {best['val_loss']:.4f}")
+            label = f"best: {best['val_loss']:.4f}"
+            if best.get("val_bpb"):
+                label += f", {best['val_bpb']:.4f} bits per byte"
+            axes.plot(best["step"], best["val_loss"], "k*", label=label)
             axes.legend()
             picture = io.BytesIO()
             axes.figure.savefig(picture)  # a PNG

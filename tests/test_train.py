@@ -13,6 +13,7 @@ import torch.distributed as dist
 from conftest import TINY, metrics, needs_mirror, refused, run, run_on_a_full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 import model as model_file
 import prepare
@@ -163,6 +164,25 @@ def test_standard_output_and_samples(workdir):
     assert re.fullmatch(r"\d+ s of training; now: python sample.py --out_dir=out/said", last)
     samples = re.split(r"^(?:step|iter) .*\n", f"{said}\n", flags=re.M)
     assert len([text for text in samples if text.startswith("The") and len(text) == 3 + 100 + 1]) == 3
+
+
+def test_the_picture_names_the_best_evaluation(tmp_path, monkeypatch):
+    """Its loss, and its bits per byte where they are known."""
+    labels = []
+    draw = Figure.savefig
+
+    def savefig(figure, *args):
+        labels.append(figure.axes[0].get_legend().get_texts()[-1].get_text())
+        draw(figure, *args)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    drawn = train.Metrics(tmp_path / "run", 0)
+    drawn.log(step=0, train_loss=4.1, val_loss=4.0, val_bpb=None)
+    drawn.plot()
+    drawn.log(step=5, train_loss=2.1, val_loss=2.0, val_bpb=2.885)
+    drawn.log(step=10, train_loss=2.1, val_loss=3.0, val_bpb=4.328)
+    drawn.plot()
+    assert labels == ["best: 4.0000", "best: 2.0000, 2.8850 bits per byte"]
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
