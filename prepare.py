@@ -120,7 +120,8 @@ BPE_VOCAB = 4096  # entries of a bpe vocabulary, unless --vocab_size says otherw
 
 # Characters that are read, and tokenized, at a time: enough work for a thread, and little memory.
 PIECE = 1_000_000
-# The longest word, the longest line of a .jsonl and the longest .json, in characters: all are held in memory.
+# The longest word, the longest line of a .jsonl and the longest .json, in characters, and 16 rows of a
+# .parquet, in bytes: all are held in memory.
 LONGEST = 100 * PIECE
 # Threads that tokenize. More than eight would wait for the thread that reads.
 THREADS = min(8, os.cpu_count() or 1)
@@ -644,17 +645,6 @@ def whole_words(file, size=PIECE):
     yield rest
 
 
-def refuse_nul(pieces, path):
-    """The same pieces. Raises UserError if a character is NUL, which no text has."""
-    at = 0  # the piece begins with this character of the file
-    for piece in pieces:
-        nul = piece.find("\0")
-        if nul >= 0:
-            raise UserError(f"{path} is not text: character {at + nul} is NUL")
-        at += len(piece)
-        yield piece
-
-
 def split_at_ends(pieces):
     """The documents of a text: <|endoftext|> ends a document, and blank documents are left out."""
     # With parentheses, split also returns what it splits at.
@@ -808,8 +798,18 @@ class TextFiles:
 
     def read_text(self, path):
         """The documents of a plain text."""
+        return split_at_ends(self.read_pieces(path))
+
+    def read_pieces(self, path):
+        """The pieces of a plain text. Raises UserError if a character is NUL, which no text has."""
         with self.open(path) as file:
-            yield from split_at_ends(refuse_nul(whole_words(file), path))
+            at = 0  # the piece begins with this character of the file
+            for piece in whole_words(file):
+                nul = piece.find("\0")
+                if nul >= 0:
+                    raise UserError(f"{path} is not text: character {at + nul} is NUL")
+                at += len(piece)
+                yield piece
 
     def read_jsonl(self, path):
         """The documents of each line that is not blank."""

@@ -640,21 +640,20 @@ def main(given):
         prompt = sample_prompt and tokenizer.encode(clean(sample_prompt))
     if prompt or "val_bytes" in meta:  # otherwise the vocabulary may have to be downloaded
         token_bytes = bytes_per_token(meta, tokenizer, val_data)
+    metrics = None
+    if not (rank or eval_only):
+        metrics = Metrics(run, step)
+        check_unchanged(run, resume, step)
+        metrics.write_all()  # a run that cannot write ends here
+    for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP (not on Windows), SIGINT and SIGTERM
+        if signal.getsignal(number) != signal.SIG_IGN and not eval_only:  # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
     print0(f"{model.num_params():,} parameters on {use_device}, {use_dtype}")
     print0(f"from step {step} to {last_step}, {rows * block_size:,} tokens a step, of {train_data.filename}")
     if warmup_iters >= last_step > 0:
         warn(f"{warmup_iters=} is the whole run: --learning_rate is never reached")
-    metrics = None
-    if not eval_only:
-        if rank == 0:
-            metrics = Metrics(run, step)
-            check_unchanged(run, resume, step)
-            metrics.write_all()  # a run that cannot write ends here
-        for number in signal.valid_signals() & {1, 2, 15}:  # SIGHUP (not on Windows), SIGINT and SIGTERM
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, on_signal)
-        if compiled is not model:
-            compile_now(parallel, use_device, autocast)
+    if compiled is not model and not eval_only:
+        compile_now(parallel, use_device, autocast)
     gc.freeze()  # what exists now stays, and garbage is collected only at evaluations: it could delay a step
     gc.disable()
     bar = tqdm(total=last_step, initial=step, disable=None if metrics else True)  # None: on a terminal only

@@ -842,11 +842,13 @@ def test_a_small_file_that_unpacks_to_much_takes_little_memory(tmp_path, suffix)
 
 
 def test_rows_that_unpack_to_much_are_refused(tmp_path, monkeypatch):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
     monkeypatch.setattr(prepare, "LONGEST", 1000)
     for name, texts in (("short", ["a" * 50] * 40), ("long", ["a" * 50] * 20 + ["a" * 2000])):
         path = tmp_path / f"{name}.parquet"
-        parquet.write_table(parquet.pa.table({"text": texts}), path, compression="zstd")
+        write_table(pyarrow.table({"text": texts}), path, compression="zstd")
         read = prepare.TextFiles([path])
         if name == "short":
             assert [[*document] for document in read] == [[text] for text in texts]
