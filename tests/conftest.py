@@ -61,6 +61,12 @@ def run(*args, cwd, check=True, env=None, timeout=300):
     return done
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin first, so that no worker of pytest's is late with one of them."""
+    longest = {"test_borders.py", "test_processes.py", "test_runs.py", "test_unbreakable.py"}
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 @functools.cache
 def forked():
     """The process of tests/forked.py, which ends with its standard input; each worker of pytest's has one."""
@@ -119,6 +125,32 @@ def run_forked(argv, cwd, timeout):
         with Forked(*argv, cwd=cwd, stderr=errors, timeout=timeout) as process:
             said = process.stdout.read()
         return subprocess.CompletedProcess(argv, process.returncode, said, errors.read_text("utf-8"))
+
+
+def start(*command, cwd, env=None):
+    """A process that prints to a pipe, and errors too, in the folder cwd: a program's, or train.py's."""
+    if command[0] == "train.py":
+        command = (sys.executable, REPO / "train.py", *command[1:])
+        if FORKS and env is None:  # as in conftest.run
+            return Forked(*command[1:], cwd=cwd)
+    return subprocess.Popen(
+        [str(arg) for arg in command],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        env={**os.environ, **(env or {})},
+    )
+
+
+def read_until(process, beginning):
+    """What a process says up to a line that begins so."""
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith(beginning):
+            return said
+    raise AssertionError(f"no {beginning!r} in:\n{said}")
 
 
 def run_limited(kind, limit, script, *args, cwd, env=None):
