@@ -510,9 +510,9 @@ class GPT(nn.Module):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, dir: str, device="cpu"):
-        """The model of a Hugging Face folder, in float32 and in eval mode. Raises ModelError."""
-        return cls.from_checkpoint(dir, device)  # a folder is a checkpoint too
+    def from_pretrained(cls, dir: str, device="cpu", **changes):
+        """The model of a Hugging Face folder, which is a checkpoint too: see from_checkpoint."""
+        return cls.from_checkpoint(dir, device, **changes)
 
     def save_pretrained(self, dir: str, end_of_text: int | None = None) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.

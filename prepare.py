@@ -726,7 +726,7 @@ def opener(path):
     try:
         from compression import zstd
     except ImportError:
-        with user_error("for .zst files, pip install backports.zstd"):
+        with user_error(f"unpack {path}, or pip install backports.zstd"):
             from backports import zstd
     return zstd.open
 

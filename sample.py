@@ -206,12 +206,12 @@ def print_probs(model, tokenizer, prompts):
     for ids in prompts:
         idx = torch.tensor([crop(model, ids)], device=model.lm_head.weight.device)  # (1, T)
         logprobs = log_probs(model(idx)[0][0, -1], tokenizer)  # (V,)
+        probs = [(logprobs / t).softmax(-1) for t in (0.5, 1.0, 1.5)]
         show("temperature 0.5           temperature 1.0           temperature 1.5           next token\n")
         for token in logprobs.argsort(descending=True)[:10].tolist():
-            for t in (0.5, 1.0, 1.5):
-                p = (logprobs / t).softmax(-1)[token].item()
-                bar = "█" * round(16 * p)
-                show(f"{p:6.1%} {bar:18} ")
+            for p in probs:
+                bar = "█" * round(16 * p[token].item())
+                show(f"{p[token]:6.1%} {bar:18} ")
             show(repr(tokenizer.decode([token])) + "\n")
 
 

@@ -131,7 +131,7 @@ def start(*command, cwd, env=None):
     """A process that prints to a pipe, and errors too, in the folder cwd: a program's, or train.py's."""
     if command[0] == "train.py":
         command = (sys.executable, REPO / "train.py", *command[1:])
-        if FORKS and env is None:  # as in conftest.run
+        if FORKS and env is None:  # as in run
             return Forked(*command[1:], cwd=cwd)
     return subprocess.Popen(
         [str(arg) for arg in command],
