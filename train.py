@@ -852,9 +852,13 @@ if __name__ == "__main__":
         end(f"{error}; pip install {error.name}")
     except OSError as error:
         end(f"cannot write or read: {error}")
-    except (MemoryError, torch.OutOfMemoryError):
-        end(f"out of memory with {batch_size=}: halve it and double {gradient_accumulation_steps=}")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        # a CPU's lack of memory has no type of its own in PyTorch, only the name of its allocator
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            end(
+                f"out of memory: halve {batch_size=} and double {gradient_accumulation_steps=}, "
+                "or make the model smaller"
+            )
         # a lost process raises the same type of error as any bug; if a barrier fails too, one is lost
         try:
             if dist.is_initialized():

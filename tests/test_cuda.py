@@ -240,7 +240,7 @@ def test_out_of_memory_is_one_line(workdir):
     done = run("train.py", *args, "--out_dir=out/cuda_large", cwd=workdir, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-    assert len(lines) == 1 and lines[0].startswith("train.py: out of memory with batch_size=90000"), lines
+    assert len(lines) == 1 and lines[0].startswith("train.py: out of memory: halve batch_size=90000"), lines
 
 
 def test_torchrun_on_all_gpus(compiled_run, workdir):

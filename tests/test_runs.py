@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, TINY, metrics, read_until, run, start
+from conftest import REPO, TINY, metrics, read_until, run, run_limited, start
 
 TINY = TINY.split()
 
@@ -211,6 +211,15 @@ def test_float16_passes_over_the_steps_that_overflow(workdir):
     assert 5 < skipped < 25 and checkpoint["scaler"]["scale"] == 2.0 ** (30 - skipped)
     assert checkpoint["optimizer"][0]["state"][0]["step"] == 57 - skipped
     assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+def test_out_of_memory_on_a_cpu_is_one_line(workdir):
+    """A matrix of 480 GB; the limit is for machines that promise more memory than they have."""
+    args = [*TINY, "--n_embd=200000", "--out_dir=out/huge"]
+    done = run_limited("RLIMIT_AS", 2**36, "train.py", *args, cwd=workdir)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("train.py: out of memory: halve batch_size=4"), done.stderr
+    assert not (workdir / "out" / "huge").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(workdir):
