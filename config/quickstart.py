@@ -1,4 +1,4 @@
-# A small character-level GPT on Python's own reference: one to three minutes on two CPU cores.
+# A small character-level GPT on Python's own reference: one to four minutes on two CPU cores.
 #   python prepare.py && python train.py config/quickstart.py && python sample.py --out_dir=out/quickstart
 
 out_dir = "out/quickstart"

@@ -1,4 +1,4 @@
-# The sizes of train_shakespeare_char_cpu.py with today's architecture: far better after a minute on a CPU.
+# As deep and wide as train_shakespeare_char_cpu.py, with today's architecture: far better in as long a time.
 #   python prepare.py shakespeare_char && python train.py config/train_shakespeare_char_cpu_fast.py
 
 out_dir = "out/shakespeare_char_cpu_fast"

@@ -44,7 +44,7 @@ def test_five_changes_and_a_program(tmp_path):
         return run(tmp_path / args[0], *args[1:], cwd=tmp_path).stdout
 
     python("prepare.py", "--tokenizer=byte", "--name=bytes")
-    _, sums, program = blocks("python")
+    sums, program = blocks("python")
     (tmp_path / "sums.py").write_text(sums)
     python("sums.py")
     args = [*TINY.split(), "--activation=silu", "--position=sine", "--optimizer=nadam", "--max_iters=60"]
