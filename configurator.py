@@ -124,7 +124,7 @@ def run_config_file(path, known):
     namespace = {"__file__": path}  # not the script's
     try:
         exec(compile(source, path, "exec"), namespace)
-    except Exception as error:  # a config file is a program and can raise any error
+    except BaseException as error:  # a config file is a program and can raise any error, or end itself
         # the frame after this one is the config file's; there is none if it could not be compiled
         line = getattr(error.__traceback__.tb_next, "tb_lineno", getattr(error, "lineno", None))
         raise UserError(f"{path}, line {line}: {error!r}") from None

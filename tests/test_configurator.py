@@ -116,6 +116,7 @@ def test_file_then_flags(tmp_path):
         ("out_dir = ''", ["out_dir", "a path"]),
         ("out_dir = 'x'\nmax_iters = missing", ["config.py", "line 2", "NameError"]),
         ("max_iters = (", ["config.py", "line 1", "SyntaxError"]),
+        ("max_iters = 3\nraise SystemExit", ["config.py, line 2", "SystemExit"]),
         (
             "max_iters = len(open('words.txt').read())",
             ["config.py, line 1", "FileNotFoundError"],
