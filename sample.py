@@ -64,6 +64,7 @@ from prepare import (
     END_OF_TEXT,
     as_hugging_face,
     clean,
+    encode_text,
     give_up,
     interrupt,
     on_ctrl_c,
@@ -133,7 +134,7 @@ def crop(model, ids):
 
 def encode_prompt(tokenizer, text):
     """The token IDs of a text to continue, at least one. Raises UserError."""
-    return tokenizer.encode(clean(text)) or [first_token(tokenizer)]  # a model cannot continue nothing
+    return encode_text(tokenizer, text) or [first_token(tokenizer)]  # a model cannot continue nothing
 
 
 def first_token(tokenizer):
@@ -159,9 +160,10 @@ class Sample:
         self.ids = []  # all new tokens, with end-of-text
         self.text = ""  # all text that push has returned
         self.waiting = ""  # the text after it, in which stop may begin
-        # the last token whose text is known, and the tokens after it; a word tokenizer needs that last token
-        # to know whether a space comes next
-        self.recent = prompt_ids[-1:]
+        # The tokens whose text was taken last, and those after them. A word tokenizer needs the former to see
+        # whether a space comes next, and others decode all bytes of neighbouring characters together.
+        self.taken = prompt_ids
+        self.new = []
         self.ended = False
 
     def push(self, token):
@@ -173,14 +175,14 @@ class Sample:
         if token == self.tokenizer.end_of_text:
             self.ended = True
         else:
-            self.recent.append(token)
-        # only recent tokens are decoded: decoding all of them each time would take quadratic time
-        text = self.tokenizer.decode(self.recent)
+            self.new.append(token)
+        # only these are decoded: decoding all tokens each time would take quadratic time
+        text = self.tokenizer.decode(self.taken + self.new)
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not self.ended:
             return ""  # half a UTF-8 character, whose other half is still to come
-        known = self.tokenizer.decode(self.recent[:1])
+        known = self.tokenizer.decode(self.taken)
         self.waiting += text[len(known) :]
-        self.recent = self.recent[-1:]
+        self.taken, self.new = self.new, []
         if stop and stop in self.waiting:
             self.waiting = self.waiting.split(stop)[0]  # stop itself is not part of the text
             self.ended = True
@@ -304,7 +306,7 @@ def answer(model, tokenizer, messages):
     """Print an answer to the last message; returns the messages that fitted the context, and the answer."""
     for oldest in range(0, len(messages), 2):
         # piece by piece, as prepare.py encodes the conversations to learn from
-        ids = [token for piece in render(messages[oldest:]) for token in tokenizer.encode(piece)]
+        ids = [token for piece in render(messages[oldest:]) for token in encode_text(tokenizer, piece)]
         if len(ids) <= model.config.block_size // 2:
             break  # otherwise drop the oldest question and answer: half of the context is for the new answer
     sample = Sample(tokenizer, crop(model, ids), seed)
@@ -548,7 +550,8 @@ if __name__ == "__main__":
         main()
     except (ImportError, MemoryError, ModelError, OSError, UserError, torch.OutOfMemoryError) as error:
         give_up(sys.stdout)
-        if not isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has had enough
+        # the reader of our output, such as head, may have had enough
+        if page or not isinstance(error, BrokenPipeError):
             note(f"sample.py: {str(error) or 'out of memory'}")
             sys.exit(1)
     except KeyboardInterrupt:

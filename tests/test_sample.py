@@ -332,6 +332,26 @@ def test_streams_never_break_a_character(text, stop):
         assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
 
+def test_streamed_bytes_of_neighbouring_characters_are_decoded_together():
+    """A vocabulary as Llama's, which writes as bytes what it lacks: those of two characters are one group."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdefghijklmnopqrstuvwxyz.,"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    described = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    described.normalizer = normalizers.Replace(" ", "\u2581")
+    described.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = BPETokenizer(json.loads(described.to_str()))
+    text = "so \u4e2d\u6587 \u662f\n\u597d, \U0001f642\U0001f642 a\u00e9\u597d"
+    for place in range(1, len(text)):
+        given, rest = tokenizer.encode(text[:place]), tokenizer.encode(text[place:])
+        pieces = text_stream(tokenizer, rest, given, "")
+        assert "".join(pieces) == text[place:]
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
 def test_streamed_words_are_joined_as_decoded():
     tokenizer = WordTokenizer(
         ["(", ")", ",", ".", "?", "It", "Yes", "is", "it", "so", "<|endoftext|>", "<|unk|>"]
