@@ -497,8 +497,20 @@ def check_characters(tokenizer, characters):
         # Its IDs are taken twice, because some vocabularies drop a space before a text. A character may be
         # lost, or become another, such as its lower case. A word would be <|unk|>, which is counted.
         kept = tokenizer.decode(2 * tokenizer.encode(char))
-        if tokenizer.keeps_text and (char not in kept or kept.replace(char, "").strip()):
+        changed = char not in kept or kept.replace(char, "").strip()
+        # Some vocabularies make one space of several.
+        lost = tokenizer.decode(tokenizer.encode(3 * char)).count(char) < 2
+        if tokenizer.keeps_text and (changed or lost):
             raise not_in_vocabulary(char)
+
+
+def encode_text(tokenizer, text):
+    """The token IDs of a text that is not in a file, such as a prompt. Raises UserError if any would be lost."""
+    text = clean(text)
+    check_characters(tokenizer, {*text.replace(END_OF_TEXT, "")})
+    # A vocabulary from elsewhere may have another name for <|endoftext|>, which it knows only if it is alone.
+    parts = re.split(r"(<\|endoftext\|>)", text)
+    return [token for part in parts if part for token in tokenizer.encode(part)]
 
 
 def as_hugging_face(tokenizer):
@@ -826,8 +838,11 @@ class TextFiles:
         Raises UserError if plain text should have a --text_key.
         """
         with self.open(path) as file:
-            text = file.readline(LONGEST) + file.read(1000)
-            if re.match(r"\{[^\n]*\}\s*\n\s*\{", text):  # an object a line: a .jsonl under another name
+            text = file.readline(LONGEST)
+            while text.isspace():
+                text = file.readline(LONGEST)
+            text += file.read(1000)
+            if re.match(r"\s*\{[^\n]*\}\s*\n\s*\{", text):  # an object a line: a .jsonl under another name
                 yield from self.read_jsonl(path)
             elif re.match(r"\s*\[\s*[{\]]", text):
                 text += file.read(LONGEST)
@@ -1056,7 +1071,7 @@ def read_json(path):
 def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     """The token IDs in data/<name>/train.bin and val.bin (memory-mapped), meta.json and the tokenizer.
 
-    vocab_size: the model's, if it differs from the dataset's
+    vocab_size: the model's, which may be larger than the dataset's
     check_ids: whether to read all IDs, and look for one that is too large
     Raises UserError.
     """
@@ -1076,7 +1091,10 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     tokenizer = load_tokenizer(meta)
     if meta.get("vocab_size") != tokenizer.vocab_size:
         raise UserError(f"{folder}/meta.json is damaged: vocab_size is not its tokenizer's")
-    vocab_size = vocab_size or meta["vocab_size"]
+    if vocab_size and vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"the vocabulary of {folder} has more IDs than the weights: they do not belong together"
+        )
     splits = []
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -1092,26 +1110,26 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
         dtype = meta.get("dtype")
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
-        if check_ids and data.max() >= vocab_size:  # a GPU would crash without a reason
+        if check_ids and data.max() >= tokenizer.vocab_size:  # a GPU would crash without a reason
             raise UserError(
-                f"{path} has the ID {data.max()}, which is beyond the vocabulary of {vocab_size}: it is damaged, "
-                "or was not made for these weights"
+                f"{path} has the ID {data.max()}, which is beyond the vocabulary of {tokenizer.vocab_size}: it is "
+                "damaged, or was made for another one"
             )
         splits.append(data)
     return *splits, meta, tokenizer
 
 
-def load_mask(name, split, data):
+def load_mask(name, split, data, meta):
     """The mask of data/<name>/<split>.bin: a uint8 for each ID, 1 if it is to be learned.
 
-    Without a mask, all IDs are. data: the IDs, as load_dataset returns them. Raises UserError.
+    Without a mask, all IDs are. data, meta: as load_dataset returns them. Raises UserError.
     """
     path = Path("data", Path(name).name, f"{split}_mask.bin")
-    if not path.exists():
+    if not path.exists() and f"{split}_learned" not in meta:
         return np.broadcast_to(np.uint8(1), len(data))  # this takes no memory
-    if path.stat().st_size != len(data):
-        raise UserError(f"{path} does not belong to its token IDs: prepare both anew")
-    return np.memmap(path, "u1", "r")
+    if not path.exists() or path.stat().st_size != len(data):
+        raise UserError(f"{path} is missing, or does not belong to its token IDs: prepare both anew")
+    return np.fromfile(path, "u1")
 
 
 @contextmanager
@@ -1435,9 +1453,12 @@ def lock(folder, wait=False):
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}: wait, or choose another") from None
+            if not wait:
+                raise UserError(f"another process is at work in {folder}: wait, or choose another") from None
+            say(f"another process is at work in {folder}: waiting for it", sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)  # which releases the lock

@@ -109,7 +109,7 @@ from model import (
 )
 from prepare import (
     bytes_per_token,
-    clean,
+    encode_text,
     load_dataset,
     load_mask,
     lock,
@@ -312,11 +312,11 @@ class Metrics:
         try:
             with open(self.path, "a") as file:
                 print(json.dumps(line), file=file)
-        except OSError as error:
-            warn(f"metrics.jsonl is not written, its lines will follow: {error.strerror}")
-        for name, value in line.items():
-            if tensorboard and value is not None:
-                self.board.add_scalar(name, value, line["step"])
+            for name, value in line.items():
+                if tensorboard and value is not None:
+                    self.board.add_scalar(name, value, line["step"])
+        except Exception as error:  # TensorFlow, which may write for tensorboard, has its own types of errors
+            warn(f"metrics.jsonl is not written, its lines will follow: {error}")
 
     def plot(self):
         """Draw loss.png: the losses over the steps, with a star at the best validation loss."""
@@ -361,6 +361,7 @@ BELOW = {
     "beta1": 1,
     "beta2": 1,
     "seed": sys.maxsize,
+    "stride": sys.maxsize,
     "batch_size": 100_000,
     "gradient_accumulation_steps": 1_000_000,
 }
@@ -421,7 +422,9 @@ def load_start(run, given):
     """
     path = run / "ckpt.pt"
     resume = path.exists() if init_from == "auto" else init_from == "resume"
-    if any(run.glob("*.pt")) and not resume and not eval_only:
+    # under auto, a picture alone is what a kill left before the first checkpoint
+    used = any(run.glob("*.pt")) or (init_from != "auto" and (run / "loss.png").exists())
+    if used and not resume and not eval_only:
         raise UserError(f"{run} holds a run: add --init_from=resume, choose another --out_dir, or delete it")
     if not resume and init_from in ("scratch", "auto"):
         return None, None, False
@@ -590,7 +593,8 @@ def main(given):
     train_data, val_data, meta, tokenizer = load_dataset(
         dataset, block_size, checkpoint and checkpoint["model_args"]["vocab_size"], local_rank == 0
     )
-    train_mask, val_mask = load_mask(dataset, "train", train_data), load_mask(dataset, "val", val_data)
+    train_mask = load_mask(dataset, "train", train_data, meta)
+    val_mask = load_mask(dataset, "val", val_data, meta)
     if checkpoint and tokenizer_of(weights, checkpoint).meta != tokenizer.meta:
         raise UserError(
             f"data/{dataset} has another tokenizer than the weights; prepare your text with that one: "
@@ -637,7 +641,7 @@ def main(given):
     # -- what comes out
     prompt, token_bytes = val_data[:8].tolist(), None
     if sample_prompt is not None:
-        prompt = sample_prompt and tokenizer.encode(clean(sample_prompt))
+        prompt = sample_prompt and encode_text(tokenizer, sample_prompt)
     if prompt or "val_bytes" in meta:  # otherwise the vocabulary may have to be downloaded
         token_bytes = bytes_per_token(meta, tokenizer, val_data)
     metrics = None

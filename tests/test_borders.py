@@ -168,15 +168,66 @@ def test_what_a_vocabulary_cannot_express_is_named(tmp_path, monkeypatch, kind, 
     assert dataset(tmp_path)[1].replace(" ", "") == (TEXT * 30).replace(" ", "")
 
 
-@pytest.mark.parametrize("char, other", [("\n", " "), (" ", "")])
-def test_a_vocabulary_that_loses_white_space_is_refused(tmp_path, monkeypatch, char, other):
-    """T5's makes spaces of line breaks."""
+@pytest.mark.parametrize("pattern, other", [("\n", " "), (" ", ""), (" {2,}", " ")])
+def test_a_vocabulary_that_loses_white_space_is_refused(tmp_path, monkeypatch, pattern, other):
+    """T5's makes spaces of line breaks, and one space of several."""
     monkeypatch.chdir(tmp_path)
     description = prepare.BPETokenizer.trained([TEXT], 300).meta["json"]
-    description["normalizer"] = {"type": "Replace", "pattern": {"String": char}, "content": other}
+    description["normalizer"] = {"type": "Replace", "pattern": {"Regex": pattern}, "content": other}
     Path("tokenizer.json").write_text(json.dumps(description))
-    with pytest.raises(prepare.UserError, match=re.escape(repr(char))):
+    with pytest.raises(prepare.UserError, match=re.escape(repr(pattern[0]))):
         prepare.write_dataset("never", [[TEXT * 30]], [], "tokenizer.json")
+
+
+def test_a_prompt_is_whole_or_refused(tmp_path):
+    """Where a vocabulary knows no sign for what it lacks, and where it writes end-of-text as </s>."""
+    with pytest.raises(prepare.UserError, match="'Z'"):
+        prepare.encode_text(prepare.BPETokenizer(lacking("none")), "to Z be")
+    described = prepare.BPETokenizer.trained([TEXT], 300).meta["json"]
+    described = json.loads(json.dumps(described).replace("<|endoftext|>", "</s>"))
+    tokenizer = prepare.BPETokenizer(described, 0)
+    ids = [0, *tokenizer.encode("to"), 0, *tokenizer.encode("be")]
+    assert prepare.encode_text(tokenizer, "<|endoftext|>to<|endoftext|>be") == ids
+    model = GPT(GPTConfig(block_size=32, vocab_size=300, n_layer=1, n_head=1, n_embd=8))
+    model.save_pretrained(str(tmp_path / "hf"))
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(lacking("none")))
+    line = refused("sample.py", "--init_from=hf", "--start=to Z be", "--device=cpu", cwd=tmp_path)
+    assert "'Z'" in line
+    (tmp_path / "it.txt").write_text(TEXT * 99)
+    run("prepare.py", "it.txt", cwd=tmp_path)
+    line = refused("train.py", *SHORT, "--dataset=it", "--sample_prompt=to Z be", cwd=tmp_path)
+    assert "'Z'" in line and not (tmp_path / "out").exists()
+
+
+def test_ids_that_the_weights_have_and_the_vocabulary_lacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ids(
+        tmp_path,
+        "x",
+        meta={"tokenizer": ABC | {"chars": ABC["chars"][:90]}, "vocab_size": 90, "dtype": "uint16"},
+    )
+    with pytest.raises(prepare.UserError, match="the ID 99, which is beyond the vocabulary of 90"):
+        prepare.load_dataset("x", 8, 128)
+    ids(tmp_path, "y", meta={"tokenizer": ABC, "vocab_size": 100, "dtype": "uint16"})
+    assert prepare.load_dataset("y", 8, 128)[3].vocab_size == 100
+    with pytest.raises(prepare.UserError, match="more IDs than the weights"):
+        prepare.load_dataset("y", 8, 99)
+
+
+def test_a_mask_is_there_and_stays(tmp_path, monkeypatch):
+    """Without it the questions would be learned too; a file that gets shorter would kill the process."""
+    monkeypatch.chdir(tmp_path)
+    talk = {"instruction": "say it", "output": TEXT.strip()}
+    Path("talk.jsonl").write_text(f"{json.dumps(talk)}\n" * 40)
+    run("prepare.py", "talk.jsonl", cwd=tmp_path)
+    data, _, meta, _ = prepare.load_dataset("talk", 8)
+    path = Path("data/talk/train_mask.bin")
+    mask = prepare.load_mask("talk", "train", data, meta)
+    os.truncate(path, 0)
+    assert mask.sum() == meta["train_learned"] > 0
+    path.unlink()
+    line = refused("train.py", *SHORT, "--dataset=talk", cwd=tmp_path)
+    assert "train_mask.bin is missing" in line
 
 
 def test_ends_of_documents_are_no_unknown_words(tmp_path, monkeypatch, capsys):
@@ -639,6 +690,12 @@ def test_a_deleted_checkpoint_is_no_reason_to_begin_anew(begun):
         )
         assert "holds a run" in line
     assert files == {path: path.read_bytes() for path in (begun / "out" / "it").iterdir()}
+    (begun / "out" / "it" / "best.pt").unlink()
+    assert "holds a run" in refused("train.py", *SHORT, "--dataset=it", "--out_dir=out/it", cwd=begun)
+    assert (begun / "out" / "it" / "metrics.jsonl").read_bytes() == files[
+        begun / "out" / "it" / "metrics.jsonl"
+    ]
+    run("train.py", *SHORT, "--dataset=it", "--out_dir=out/it", "--init_from=auto", cwd=begun)
 
 
 # -- the small ones ------------------------------------------------------------------------------------------

@@ -222,9 +222,9 @@ def test_a_json_that_is_no_array_of_objects_is_text(tmp_path):
 def test_a_json_of_an_object_a_line_is_jsonl(tmp_path, end):
     """Many a dataset has this form under this name; read as text, a model would learn JSON."""
     records = [{"text": "a" * length} for length in (2000, 10, 30)]
-    lines = "\N{BYTE ORDER MARK}" + end.join(map(json.dumps, records))
-    for name in ("a.json", "b.ndjson"):
-        (tmp_path / name).write_bytes(lines.encode())
+    lines = end.join(map(json.dumps, records))
+    for name, before in (("a.json", "\N{BYTE ORDER MARK}"), ("b.ndjson", ""), ("c.json", end + " ")):
+        (tmp_path / name).write_bytes((before + lines).encode())
         assert "3 documents, 2,040 characters" in run("prepare.py", name, cwd=tmp_path).stdout
 
 
