@@ -488,26 +488,35 @@ def fetch_gpt2_vocabulary():
 
 
 def not_in_vocabulary(char):
-    return UserError(f"the character {char!r} (U+{ord(char):04X}) is not in the vocabulary")
+    return UserError(f"the character {char!r} (U+{ord(char[0]):04X}) is not in the vocabulary")
+
+
+def characters_of(text):
+    """The characters of a text, and its doubled white space, of which some vocabularies make one."""
+    return {*text, *(found[0] for found in re.finditer(r"(\s)\1", text))}
 
 
 def check_characters(tokenizer, characters):
-    """Raises UserError, which names the character, if a vocabulary from elsewhere would lose one of a text."""
-    for char in sorted(characters):
-        # Its IDs are taken twice, because some vocabularies drop a space before a text. A character may be
-        # lost, or become another, such as its lower case. A word would be <|unk|>, which is counted.
-        kept = tokenizer.decode(2 * tokenizer.encode(char))
-        changed = char not in kept or kept.replace(char, "").strip()
-        # Some vocabularies make one space of several.
-        lost = tokenizer.decode(tokenizer.encode(3 * char)).count(char) < 2
-        if tokenizer.keeps_text and (changed or lost):
-            raise not_in_vocabulary(char)
+    """Raises UserError, which names the character, if a vocabulary from elsewhere would lose one of a text.
+
+    characters: what characters_of returns
+    """
+    for chars in sorted(characters):  # one, or two of a kind
+        # Their IDs are taken three times, because some vocabularies drop the spaces before a text. A character
+        # may be lost, or become another, such as its lower case. A word would be <|unk|>, which is counted.
+        kept = tokenizer.decode(3 * tokenizer.encode(chars))
+        lost = kept.count(chars[0]) < 2 * len(chars)
+        if tokenizer.keeps_text and (lost or kept.replace(chars[0], "").strip()):
+            raise not_in_vocabulary(chars)
 
 
 def encode_text(tokenizer, text):
     """The token IDs of a text that is not in a file, such as a prompt. Raises UserError if any would be lost."""
     text = clean(text)
-    check_characters(tokenizer, {*text.replace(END_OF_TEXT, "")})
+    if tokenizer.end_of_text is None:
+        check_characters(tokenizer, characters_of(text))
+    else:
+        check_characters(tokenizer, characters_of(text.replace(END_OF_TEXT, "")))
     # A vocabulary from elsewhere may have another name for <|endoftext|>, which it knows only if it is alone.
     parts = re.split(r"(<\|endoftext\|>)", text)
     return [token for part in parts if part for token in tokenizer.encode(part)]
@@ -1093,7 +1102,8 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
         raise UserError(f"{folder}/meta.json is damaged: vocab_size is not its tokenizer's")
     if vocab_size and vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"the vocabulary of {folder} has more IDs than the weights: they do not belong together"
+            f"{folder} has more token IDs than the weights; prepare its text with their vocabulary: "
+            "python prepare.py TEXT --tokenizer=CHECKPOINT --name=NAME"
         )
     splits = []
     for split in ("train", "val"):
@@ -1249,7 +1259,7 @@ def write_dataset(name, documents, sources, kind, val_fraction=0.1, vocab_size=B
     """
     if kind not in TOKENIZERS:
         tokenizer = tokenizer_of(kind)
-        entries_of = set  # the characters, to see whether this vocabulary has all of them
+        entries_of = characters_of  # to see whether this vocabulary has all of them
     else:
         entries_of = TOKENIZERS[kind].entries
         if kind != "bpe" and not entries_of:  # a fixed vocabulary

@@ -181,7 +181,10 @@ class Sample:
         if text.endswith("\N{REPLACEMENT CHARACTER}") and not self.ended:
             return ""  # half a UTF-8 character, whose other half is still to come
         known = self.tokenizer.decode(self.taken)
-        self.waiting += text[len(known) :]
+        if text.startswith(known):
+            self.waiting += text[len(known) :]
+        else:  # a stray byte spoils those beside it
+            self.waiting += self.tokenizer.decode(self.new)
         self.taken, self.new = self.new, []
         if stop and stop in self.waiting:
             self.waiting = self.waiting.split(stop)[0]  # stop itself is not part of the text
@@ -297,6 +300,7 @@ def answer_lines(model, tokenizer, write):
             elif line.strip() == "/new":
                 messages = []
             elif line.strip():
+                encode_text(tokenizer, line.strip())  # which refuses what the vocabulary lacks
                 messages = answer(model, tokenizer, [*messages, {"role": "user", "content": line}])
         except UserError as error:
             note(error)  # and wait for the next line
@@ -306,7 +310,7 @@ def answer(model, tokenizer, messages):
     """Print an answer to the last message; returns the messages that fitted the context, and the answer."""
     for oldest in range(0, len(messages), 2):
         # piece by piece, as prepare.py encodes the conversations to learn from
-        ids = [token for piece in render(messages[oldest:]) for token in encode_text(tokenizer, piece)]
+        ids = [token for piece in render(messages[oldest:]) for token in tokenizer.encode(piece)]
         if len(ids) <= model.config.block_size // 2:
             break  # otherwise drop the oldest question and answer: half of the context is for the new answer
     sample = Sample(tokenizer, crop(model, ids), seed)

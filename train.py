@@ -316,7 +316,7 @@ class Metrics:
                 if tensorboard and value is not None:
                     self.board.add_scalar(name, value, line["step"])
         except Exception as error:  # TensorFlow, which may write for tensorboard, has its own types of errors
-            warn(f"metrics.jsonl is not written, its lines will follow: {error}")
+            warn(f"metrics.jsonl is not written, or TensorBoard's file; its lines will follow: {error}")
 
     def plot(self):
         """Draw loss.png: the losses over the steps, with a star at the best validation loss."""
@@ -422,9 +422,7 @@ def load_start(run, given):
     """
     path = run / "ckpt.pt"
     resume = path.exists() if init_from == "auto" else init_from == "resume"
-    # under auto, a picture alone is what a kill left before the first checkpoint
-    used = any(run.glob("*.pt")) or (init_from != "auto" and (run / "loss.png").exists())
-    if used and not resume and not eval_only:
+    if any(run.glob("*.pt")) and not resume and not eval_only:
         raise UserError(f"{run} holds a run: add --init_from=resume, choose another --out_dir, or delete it")
     if not resume and init_from in ("scratch", "auto"):
         return None, None, False

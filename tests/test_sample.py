@@ -350,6 +350,8 @@ def test_streamed_bytes_of_neighbouring_characters_are_decoded_together():
         pieces = text_stream(tokenizer, rest, given, "")
         assert "".join(pieces) == text[place:]
         assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    stray = tokenizer.encode("\u6587")[:1]  # of a character's three bytes
+    assert "".join(text_stream(tokenizer, stray, tokenizer.encode("a\u4e2d\u6587"), "")) == "\ufffd"
 
 
 def test_streamed_words_are_joined_as_decoded():
