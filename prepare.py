@@ -1080,7 +1080,7 @@ def read_json(path):
 def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     """The token IDs in data/<name>/train.bin and val.bin (memory-mapped), meta.json and the tokenizer.
 
-    vocab_size: the model's, which may be larger than the dataset's
+    vocab_size: the model's, if it differs from the dataset's
     check_ids: whether to read all IDs, and look for one that is too large
     Raises UserError.
     """
@@ -1100,11 +1100,7 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
     tokenizer = load_tokenizer(meta)
     if meta.get("vocab_size") != tokenizer.vocab_size:
         raise UserError(f"{folder}/meta.json is damaged: vocab_size is not its tokenizer's")
-    if vocab_size and vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"{folder} has more token IDs than the weights; prepare its text with their vocabulary: "
-            "python prepare.py TEXT --tokenizer=CHECKPOINT --name=NAME"
-        )
+    vocab_size = min(vocab_size or MAX_VOCAB, tokenizer.vocab_size)  # an ID must be below both
     splits = []
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -1120,19 +1116,20 @@ def load_dataset(name, block_size, vocab_size=None, check_ids=True):
         dtype = meta.get("dtype")
         if dtype != "uint16" and (dtype or not data[1:100_000:2].any()):
             raise UserError(f"{path} does not hold uint16 token IDs; prepare its text here")
-        if check_ids and data.max() >= tokenizer.vocab_size:  # a GPU would crash without a reason
+        if check_ids and data.max() >= vocab_size:  # a GPU would crash without a reason
             raise UserError(
-                f"{path} has the ID {data.max()}, which is beyond the vocabulary of {tokenizer.vocab_size}: it is "
-                "damaged, or was made for another one"
+                f"{path} has the ID {data.max()}, which is beyond the vocabulary of {vocab_size}: it is damaged, "
+                "or was not made for these weights"
             )
         splits.append(data)
     return *splits, meta, tokenizer
 
 
-def load_mask(name, split, data, meta):
+def load_mask(name, split, data, meta=()):
     """The mask of data/<name>/<split>.bin: a uint8 for each ID, 1 if it is to be learned.
 
-    Without a mask, all IDs are. data, meta: as load_dataset returns them. Raises UserError.
+    Without a mask, all IDs are, unless meta says that there was one. data, meta: as load_dataset returns them.
+    Raises UserError.
     """
     path = Path("data", Path(name).name, f"{split}_mask.bin")
     if not path.exists() and f"{split}_learned" not in meta:

@@ -215,7 +215,7 @@ def test_ids_that_the_weights_have_and_the_vocabulary_lacks(tmp_path, monkeypatc
         prepare.load_dataset("x", 8, 128)
     ids(tmp_path, "y", meta={"tokenizer": ABC, "vocab_size": 100, "dtype": "uint16"})
     assert prepare.load_dataset("y", 8, 128)[3].vocab_size == 100
-    with pytest.raises(prepare.UserError, match="more token IDs than the weights"):
+    with pytest.raises(prepare.UserError, match="the ID 99, which is beyond the vocabulary of 99"):
         prepare.load_dataset("y", 8, 99)
 
 

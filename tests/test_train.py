@@ -448,7 +448,7 @@ def test_the_verdict_before_training_as_published(tmp_path, monkeypatch, referen
     torch.manual_seed(123)
     model = GPT(GPTConfig(**(reference["gpt_124m"]["config"] | {"block_size": 256}))).eval()
     assert meta["vocab_size"] == 50257 and len(train.eval_starts(len(data), 256, 18)) == 18
-    loss = train.evaluate(model, data, prepare.load_mask("verdict", "train", data, {}), "cpu")
+    loss = train.evaluate(model, data, prepare.load_mask("verdict", "train", data), "cpu")
     assert loss == pytest.approx(reference["loss_before_training"]["the_verdict_train_loss"], abs=1e-5)
 
 
