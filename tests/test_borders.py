@@ -808,10 +808,10 @@ def test_sizes_that_cannot_work_are_refused_before_they_are_tried(foreign, numbe
 
 @pytest.mark.parametrize(
     "setting",
-    ["batch_size", "gradient_accumulation_steps", "n_layer", "n_embd", "block_size"],
+    ["batch_size", "gradient_accumulation_steps", "n_layer", "n_embd", "block_size", "stride"],
 )
 def test_absurd_settings_are_refused_too(workdir, setting):
-    line = refused("train.py", *TINY, f"--{setting}={10**12}", "--out_dir=out/never", cwd=workdir)
+    line = refused("train.py", *TINY, f"--{setting}={10**20}", "--out_dir=out/never", cwd=workdir)
     assert setting in line and not (workdir / "out" / "never").exists()
 
 

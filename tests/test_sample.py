@@ -4,6 +4,7 @@ import base64
 import json
 import pickle
 import re
+import shlex
 import subprocess
 import sys
 import zlib
@@ -91,6 +92,16 @@ def test_prompts_by_line(trained, workdir):
     )
     assert done.returncode == 0 and "'€'" in done.stderr
     assert done.stdout == 2 * sampled(workdir, "--temperature=0", "--start=The for statement")
+
+
+@pytest.mark.parametrize("args, status", [([], 0), (["--page=lost.html"], 1)])
+def test_a_reader_that_has_had_enough(trained, workdir, args, status):
+    """It ends the text, which is no mistake; but then there is no page, which is one."""
+    command = [sys.executable, REPO / "sample.py", "--out_dir=out/trained", "--max_new_tokens=3000", *args]
+    script = f"{shlex.join(map(str, command))} | head -c 5; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=workdir, capture_output=True, encoding="utf-8")
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert not (workdir / "lost.html").exists()
 
 
 def test_a_file_of_prompts_is_as_one_at_a_time(trained, workdir):
