@@ -114,6 +114,8 @@ GPT2_RENAMES = {
 NAMES = [*CORPORA, *GPT2_SIZES]
 
 END_OF_TEXT = "<|endoftext|>"
+# With parentheses, split also returns what it splits at.
+split_at_end = re.compile(r"(<\|endoftext\|>)").split
 UNKNOWN = "<|unk|>"
 MAX_VOCAB = 65536  # what uint16 can count
 BPE_VOCAB = 4096  # entries of a bpe vocabulary, unless --vocab_size says otherwise
@@ -512,14 +514,13 @@ def check_characters(tokenizer, characters):
 
 def encode_text(tokenizer, text):
     """The token IDs of a text that is not in a file, such as a prompt. Raises UserError if any would be lost."""
-    text = clean(text)
-    if tokenizer.end_of_text is None:
-        check_characters(tokenizer, characters_of(text))
-    else:
-        check_characters(tokenizer, characters_of(text.replace(END_OF_TEXT, "")))
+    ids = []
     # A vocabulary from elsewhere may have another name for <|endoftext|>, which it knows only if it is alone.
-    parts = re.split(r"(<\|endoftext\|>)", text)
-    return [token for part in parts if part for token in tokenizer.encode(part)]
+    for part in filter(None, split_at_end(clean(text))):
+        if part != END_OF_TEXT or tokenizer.end_of_text is None:
+            check_characters(tokenizer, characters_of(part))
+        ids += tokenizer.encode(part)
+    return ids
 
 
 def as_hugging_face(tokenizer):
@@ -668,8 +669,7 @@ def whole_words(file, size=PIECE):
 
 def split_at_ends(pieces):
     """The documents of a text: <|endoftext|> ends a document, and blank documents are left out."""
-    # With parentheses, split also returns what it splits at.
-    parts = (part for piece in pieces for part in re.split(r"(<\|endoftext\|>)", piece) if part)
+    parts = (part for piece in pieces for part in split_at_end(piece) if part)
     for is_end, document in groupby(parts, lambda part: part == END_OF_TEXT):
         first = next(document)
         # If the first part is blank, so is the document: a piece ends with a word, unless it is the last.

@@ -97,7 +97,7 @@ def test_prompts_by_line(trained, workdir):
 @pytest.mark.parametrize("args, status", [([], 0), (["--page=lost.html"], 1)])
 def test_a_reader_that_has_had_enough(trained, workdir, args, status):
     """It ends the text, which is no mistake; but then there is no page, which is one."""
-    command = [sys.executable, REPO / "sample.py", "--out_dir=out/trained", "--max_new_tokens=3000", *args]
+    command = [sys.executable, REPO / "sample.py", *ARGS, "--max_new_tokens=3000", *args]
     script = f"{shlex.join(map(str, command))} | head -c 5; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=workdir, capture_output=True, encoding="utf-8")
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
